@@ -1,0 +1,40 @@
+"""Packaging of megatron-anyexperts."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-anyexperts",
+    version="0.1.0",
+    description="Multimodal mixture-of-experts pretraining in which every token gets as many experts as it needs",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_anyexperts", "megatron_anyexperts.*"]),
+    install_requires=[
+        # 0.19.2 is the wheel whose internals the CPU bridge and the checkpoint fixes were checked against.
+        "megatron-core>=0.19.2,<0.20",
+        "torch>=2.11",
+        "megatron-energon>=7.4.1,<8",
+        "webdataset>=1.0",
+        "av>=14",
+        "einops>=0.8",
+        "matplotlib>=3.9",
+        "numpy>=2",
+        "pillow>=11",
+        "psutil>=6",
+        "pyyaml>=6",
+        "safetensors>=0.5",
+        "tensorboard>=2.18",
+        "tokenizers>=0.21",
+        "tqdm>=4.66",
+        "transformers>=4.57",
+    ],
+    extras_require={
+        "fp8": ["transformer-engine[core_cu13,pytorch]>=2.11"],
+        "mpi": ["mpi4py>=4.1", "openmpi>=5.0"],
+        "dev": ["hypothesis>=6.130", "pytest>=8.3", "pytest-timeout>=2.3", "ruff>=0.9"],
+    },
+)
