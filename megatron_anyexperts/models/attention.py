@@ -1,0 +1,98 @@
+"""Core attention on torch's scaled_dot_product_attention, for the spec that runs without Transformer Engine."""
+
+import math
+from contextlib import nullcontext
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class SDPACoreAttention(torch.nn.Module):
+    """Drop-in for Megatron's `DotProductAttention` that never stores the score matrix.
+
+    Grouped queries, a boolean mask (true means masked), causal masks with or without cached keys, dropout and a
+    custom softmax scale are supported. It owns no parameters.
+
+    Raises:
+        ValueError: a setting that only Transformer Engine's attention implements.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__()
+        unsupported = {
+            "context_parallel_size": config.context_parallel_size > 1,
+            "window_size": config.window_size is not None,
+            "softmax_type": config.softmax_type != "vanilla",
+        }
+        for name, refused in unsupported.items():
+            if refused:
+                raise ValueError(
+                    f"{name}={getattr(config, name)} needs Transformer Engine's attention: "
+                    "use --transformer-impl transformer_engine on a GPU, or leave the setting out"
+                )
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+        if config.apply_query_key_layer_scaling:
+            self.softmax_scale /= max(1, layer_number)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [Sq, B, heads, D].
+            key, value: [Sk, B, groups, D]; `groups` divides `heads`.
+            attention_mask: bool, broadcastable to [B, heads, Sq, Sk], true where attention is forbidden. It replaces
+                the causal mask, so it has to contain it. A row without any allowed key has no defined result.
+            attn_mask_type: overrides the mask type given at construction.
+
+        Returns:
+            [Sq, B, heads * D].
+        """
+        if packed_seq_params is not None or attention_bias is not None:
+            raise ValueError("packed sequences and attention biases need Transformer Engine's attention")
+        mask_type = attn_mask_type or self.attn_mask_type
+        queries, keys = query.size(0), key.size(0)
+        is_causal = attention_mask is None and mask_type == AttnMaskType.causal and queries > 1
+        allowed = None if attention_mask is None else ~attention_mask
+        if is_causal and queries != keys:
+            # The queries are the last ones of a sequence whose earlier keys are cached.
+            allowed = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+            is_causal = False
+        dropout = self.dropout if self.training else 0.0
+        heads_first = [tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)]
+        # Heads are split over tensor-parallel ranks, so dropout must differ between them.
+        with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else nullcontext():
+            context_BHSD = torch.nn.functional.scaled_dot_product_attention(
+                *heads_first,
+                attn_mask=allowed,
+                dropout_p=dropout,
+                is_causal=is_causal,
+                scale=self.softmax_scale,
+                enable_gqa=query.size(2) != key.size(2),
+            )
+        return context_BHSD.permute(2, 0, 1, 3).flatten(2)

@@ -1,0 +1,169 @@
+"""Builds the multimodal model of one pipeline stage from Megatron's arguments, and freezes parts of it."""
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass, fields
+
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_anyexperts.config import AnyExpertsConfig
+from megatron_anyexperts.media import MediaShape
+from megatron_anyexperts.models.audio import AudioEncoder
+from megatron_anyexperts.models.encoder import encoder_config
+from megatron_anyexperts.models.multimodal import MultimodalModel
+from megatron_anyexperts.models.specs import decoder_stack_spec
+from megatron_anyexperts.models.vision import VisionEncoder
+
+
+@dataclass
+class EncoderConfig:
+    """Encoders in front of the decoder, and which parts of the model are trained."""
+
+    vision_num_layers: int = 0
+    """Blocks of the vision encoder (attention and MLP); 0 builds none."""
+
+    vision_hidden_size: int = 1024
+    """Width of the vision encoder."""
+
+    vision_ffn_hidden_size: int = 4096
+    """Inner width of the vision encoder's MLPs."""
+
+    vision_num_heads: int = 16
+    """Attention heads of the vision encoder; divisible by the tensor-parallel size."""
+
+    audio_num_layers: int = 0
+    """Blocks of the audio encoder (attention and MLP); 0 builds none."""
+
+    audio_hidden_size: int = 768
+    """Width of the audio encoder."""
+
+    audio_ffn_hidden_size: int = 3072
+    """Inner width of the audio encoder's MLPs."""
+
+    audio_num_heads: int = 12
+    """Attention heads of the audio encoder; divisible by the tensor-parallel size."""
+
+    freeze_vision_encoder: bool = False
+    """Do not train the vision encoder (its projector has a flag of its own)."""
+
+    freeze_vision_projector: bool = False
+    """Do not train the projector behind the vision encoder."""
+
+    freeze_audio_encoder: bool = False
+    """Do not train the audio encoder (its projector has a flag of its own)."""
+
+    freeze_audio_projector: bool = False
+    """Do not train the projector behind the audio encoder."""
+
+    freeze_decoder: bool = False
+    """Do not train the language model (its importance modules have a flag of their own)."""
+
+    freeze_importance: bool = False
+    """Do not train the importance modules that decide how many experts a token gets."""
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> "EncoderConfig":
+        """Read the fields from Megatron's arguments."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+
+def add_model_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the flags of the encoders and of the media shape; for Megatron's `extra_args_provider`."""
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    ArgumentGroupFactory(EncoderConfig).build_group(parser, title="encoders")
+    ArgumentGroupFactory(MediaShape).build_group(parser, title="media")
+    return parser
+
+
+def build_model(
+    args: Namespace,
+    config: AnyExpertsConfig,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
+) -> MultimodalModel:
+    """Build the part of the model that lives on one pipeline stage.
+
+    Args:
+        args: Megatron's arguments together with those of `add_model_arguments`.
+        config: the decoder's configuration.
+        pre_process: first pipeline stage: embedding and encoders.
+        post_process: last pipeline stage: output layer and loss.
+        vp_stage: virtual pipeline stage.
+        pg_collection: process groups; Megatron's global ones if None.
+
+    Raises:
+        ValueError: no layer pattern, or a setting that the chosen modules do not support.
+    """
+    if args.hybrid_layer_pattern is None:
+        raise ValueError(
+            "no --hybrid-layer-pattern given; one letter per layer: * attention, - dense MLP, E mixture of experts, "
+            "for example '*-*E*E' for three blocks of which the first is dense"
+        )
+    if config.context_parallel_size > 1:
+        raise ValueError(
+            f"context_parallel_size={config.context_parallel_size}: the features of images and audio are not split "
+            "over context-parallel ranks; use tensor and sequence parallelism for long sequences"
+        )
+    groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+    language_model = HybridModel(
+        config=config,
+        hybrid_stack_spec=decoder_stack_spec(config),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        hybrid_layer_pattern=args.hybrid_layer_pattern,
+        pre_process=pre_process,
+        post_process=post_process,
+        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        pg_collection=groups,
+        vp_stage=vp_stage,
+    )
+    encoders = EncoderConfig.from_args(args)
+    vision, audio = (
+        build_encoders(encoders, MediaShape.from_args(args), config, groups) if pre_process else (None, None)
+    )
+    model = MultimodalModel(language_model, vision, audio)
+    freeze(model, encoders)
+    return model
+
+
+def build_encoders(
+    encoders: EncoderConfig, shape: MediaShape, config: AnyExpertsConfig, groups: ProcessGroupCollection
+) -> tuple[VisionEncoder | None, AudioEncoder | None]:
+    """The encoders with at least one layer; None for the others."""
+    built = []
+    for name, encoder_class in (("vision", VisionEncoder), ("audio", AudioEncoder)):
+        layers, *sizes = (
+            getattr(encoders, f"{name}_{field}")
+            for field in ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads")
+        )
+        own = encoder_config(config, layers, *sizes) if layers else None
+        built.append(encoder_class(own, config.hidden_size, shape, groups) if own else None)
+    return tuple(built)
+
+
+def freeze(model: MultimodalModel, encoders: EncoderConfig) -> None:
+    """Switch off the gradients of the parts that `encoders` names."""
+    for name, parameter in model.named_parameters():
+        if getattr(encoders, f"freeze_{part_of(name)}"):
+            parameter.requires_grad_(False)
+
+
+def part_of(name: str) -> str:
+    """The part of the model a parameter belongs to, from its name without wrappers such as `module.`.
+
+    Returns:
+        `vision_encoder`, `vision_projector`, `audio_encoder`, `audio_projector`, `importance` or `decoder`.
+    """
+    root, *path = name.split(".")
+    if root in ("vision", "audio"):
+        return f"{root}_{'projector' if path[0] == 'projector' else 'encoder'}"
+    return "importance" if "importance" in path else "decoder"

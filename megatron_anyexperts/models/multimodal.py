@@ -1,0 +1,235 @@
+"""The multimodal model: a language model whose placeholder tokens are replaced by image, video and audio features."""
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_anyexperts.models.attention_inputs import AttentionInputs, attention_inputs
+from megatron_anyexperts.models.audio import AudioEncoder
+from megatron_anyexperts.models.specs import uses_transformer_engine
+from megatron_anyexperts.models.vision import VisionEncoder
+
+VISION_CODES = (1, 3)
+"""`token_modality` of image and of video placeholders; the vision encoder fills both."""
+AUDIO_CODES = (2,)
+"""`token_modality` of audio placeholders."""
+
+
+class MultimodalModel(MegatronModule):
+    """Language model with encoders in front of it.
+
+    1. Embed the tokens (first pipeline stage):                      [S, B, H]
+    2. Encode images, videos and clips (first pipeline stage):       [placeholders, H]
+    3. Put the features where `token_modality` marks placeholders:   [S, B, H]
+    4. Decoder, output layer and loss are `HybridModel`'s.
+
+    Args:
+        language_model: the decoder with embedding and output layer of this pipeline stage.
+        vision: encoder of images and video, or None; only on the first stage.
+        audio: encoder of audio, or None; only on the first stage.
+    """
+
+    def __init__(
+        self,
+        language_model: HybridModel,
+        vision: VisionEncoder | None = None,
+        audio: AudioEncoder | None = None,
+    ):
+        super().__init__(language_model.config)
+        self.language_model = language_model
+        self.vision = vision
+        self.audio = audio
+        self.model_type = ModelType.encoder_or_decoder
+        self.transformer_engine = uses_transformer_engine(self.config)
+
+    # What Megatron's schedules, gradient finalisation and checkpointing ask a model for.
+    @property
+    def pre_process(self) -> bool:
+        """Whether this is the first pipeline stage."""
+        return self.language_model.pre_process
+
+    @property
+    def post_process(self) -> bool:
+        """Whether this is the last pipeline stage."""
+        return self.language_model.post_process
+
+    @property
+    def mtp_process(self) -> bool:
+        """Whether this stage holds the multi-token-prediction layers."""
+        return self.language_model.mtp_process
+
+    @property
+    def share_embeddings_and_output_weights(self) -> bool:
+        """Whether the output layer uses the embedding's weight."""
+        return self.language_model.share_embeddings_and_output_weights
+
+    @property
+    def pg_collection(self) -> ProcessGroupCollection:
+        """Process groups of the language model."""
+        return self.language_model.pg_collection
+
+    @property
+    def vp_stage(self) -> int | None:
+        """Virtual pipeline stage."""
+        return self.language_model.vp_stage
+
+    @property
+    def decoder(self) -> MegatronModule:
+        """The decoder's layer stack."""
+        return self.language_model.decoder
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """The tied weight on the first and last stages."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Take the activations of the previous pipeline stage."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        token_modality: Tensor | None = None,
+        image_patches: Tensor | None = None,
+        image_grids: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        audio_lengths: Tensor | None = None,
+        inference_context: BaseInferenceContext | None = None,
+        runtime_gather_output: bool | None = None,
+    ) -> Tensor:
+        """Per-token losses, or logits where there are no labels.
+
+        Args:
+            tokens: int64 [B, S].
+            position_ids: int64 [B, S], read by learned absolute positions only.
+            segment_ids: int [B, S], the document of each token, 0 for padding; None for one document per row.
+            labels: int64 [B, S].
+            loss_mask: float [B, S], needed by multi-token prediction, whose loss is taken inside.
+            token_modality: int8 [B, S]: 1 image, 2 audio, 3 video placeholders; None for text only.
+            image_patches, image_grids: see `VisionEncoder.forward`; may be empty or None.
+            audio_features, audio_lengths: see `AudioEncoder.forward`; may be empty or None.
+            inference_context: cache of keys and values for decoding.
+            runtime_gather_output: gather the logits of all tensor-parallel ranks.
+
+        Returns:
+            Losses [B, S] in fp32, or logits [B, S, V / tp]; on earlier pipeline stages the hidden states.
+
+        Raises:
+            ValueError: placeholders and features differ in number, or there is no encoder for the input.
+        """
+        decoder_input = None
+        if self.pre_process:
+            decoder_input = self.language_model.embedding(input_ids=tokens, position_ids=position_ids)
+            decoder_input = self._fill(
+                decoder_input, token_modality, VISION_CODES, "vision", self.vision, image_patches, image_grids
+            )
+            decoder_input = self._fill(
+                decoder_input, token_modality, AUDIO_CODES, "audio", self.audio, audio_features, audio_lengths
+            )
+        attention, padding_mask = AttentionInputs(), None
+        if segment_ids is not None:
+            attention = attention_inputs(segment_ids, self.transformer_engine)
+            padding_mask = self._padding_mask(segment_ids)
+            if loss_mask is not None and attention.packed_seq_params is None:
+                loss_mask = within_documents(loss_mask, segment_ids)
+        return self.language_model(
+            tokens,
+            position_ids,
+            attention.attention_mask,
+            decoder_input=decoder_input,
+            labels=labels,
+            loss_mask=loss_mask,
+            packed_seq_params=attention.packed_seq_params,
+            padding_mask=padding_mask,
+            inference_context=inference_context,
+            runtime_gather_output=runtime_gather_output,
+        )
+
+    def _padding_mask(self, segment_ids_BS: Tensor) -> Tensor | None:
+        """bool [B, S], true for padding; under sequence parallelism this rank's part of S, like the hidden states."""
+        if self.config.anyexperts_stock_moe and self.config.moe_router_enable_expert_bias:
+            return None  # Megatron-Core 0.19.2 cannot combine the two: a shape error in TopKRouter._apply_expert_bias
+        return self._local_part(segment_ids_BS == 0, dim=1)
+
+    def _local_part(self, x: Tensor, dim: int) -> Tensor:
+        if not self.config.sequence_parallel:
+            return x
+        tp = self.pg_collection.tp
+        return x.chunk(tp.size(), dim=dim)[tp.rank()].contiguous()
+
+    def _fill(
+        self,
+        embeddings_SBH: Tensor,
+        token_modality_BS: Tensor | None,
+        codes: tuple[int, ...],
+        name: str,
+        encoder: VisionEncoder | AudioEncoder | None,
+        values: Tensor | None,
+        sizes: Tensor | None,
+    ) -> Tensor:
+        """Replace the embeddings of one kind of placeholder by the encoder's features.
+
+        Without any input a trainable encoder still runs, on its smallest one, and adds zero: every parameter then has a
+        gradient in every microbatch, which overlapped gradient reduction waits for.
+        """
+        is_placeholder_BS = None
+        placeholders = 0
+        if token_modality_BS is not None:
+            is_placeholder_BS = torch.isin(token_modality_BS, token_modality_BS.new_tensor(codes))
+            placeholders = int(is_placeholder_BS.sum())
+        if sizes is None or len(sizes) == 0:
+            _require_equal(name, placeholders, 0)
+            if encoder is None or not torch.is_grad_enabled():
+                return embeddings_SBH
+            if not any(parameter.requires_grad for parameter in encoder.parameters()):
+                return embeddings_SBH
+            nothing = encoder(*encoder.smallest_input(embeddings_SBH.device)).sum() * 0
+            return embeddings_SBH + nothing.to(embeddings_SBH.dtype)
+        if encoder is None:
+            raise ValueError(
+                f"the batch holds {len(sizes)} {name} inputs, but the model has no {name} encoder: "
+                f"set --{name}-num-layers above 0, or leave such samples out of the data"
+            )
+        features_TH = encoder(values, sizes).to(embeddings_SBH.dtype)
+        _require_equal(name, placeholders, features_TH.size(0))
+        is_placeholder_BS1 = is_placeholder_BS.unsqueeze(-1)
+        filled_BSH = features_TH.new_zeros(*is_placeholder_BS.shape, features_TH.size(1))
+        filled_SBH = filled_BSH.masked_scatter(is_placeholder_BS1, features_TH).transpose(0, 1)
+        is_placeholder_SB1 = is_placeholder_BS1.transpose(0, 1)
+        if self.config.sequence_parallel:
+            # The embedding has split the sequence already. The backward of this scatter gathers, so that the encoders,
+            # which see all of the sequence on each rank, get the whole gradient on each rank.
+            filled_SBH = tensor_parallel.scatter_to_sequence_parallel_region(
+                filled_SBH.contiguous(), group=self.pg_collection.tp
+            )
+            is_placeholder_SB1 = self._local_part(is_placeholder_SB1, dim=0)
+        return torch.where(is_placeholder_SB1, filled_SBH, embeddings_SBH)
+
+
+def within_documents(loss_mask_BS: Tensor, segment_ids_BS: Tensor) -> Tensor:
+    """Loss mask with the first token of each document cleared.
+
+    Multi-token prediction shifts labels and mask by one more place, so the last token of a document would be asked for
+    the second of the next one. Its target comes with the mask of that document's first token, which the shifted
+    prediction needs for nothing else. The unshifted loss is masked by the caller and does not see this.
+    """
+    before = torch.nn.functional.pad(segment_ids_BS[:, :-1], (1, 0), value=-1)
+    return loss_mask_BS * (segment_ids_BS == before)
+
+
+def _require_equal(name: str, placeholders: int, features: int) -> None:
+    if placeholders != features:
+        raise ValueError(
+            f"{name}: the tokens hold {placeholders} placeholders, the encoder has features for {features}; build "
+            "the batch with the model's MediaShape (--vision-patch-size, --vision-spatial-merge, --audio-stride)"
+        )

@@ -1,0 +1,95 @@
+"""Vision encoder: a transformer over the patches of images and video frames in their native resolution."""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_anyexperts.media import MediaShape
+from megatron_anyexperts.models.encoder import FourierPositions, PackedTransformer, plain_linear
+from megatron_anyexperts.models.specs import build_projector
+
+
+def merged_layout(grids_N3: Tensor, merge: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Order in which the patches that become one token are neighbours.
+
+    Args:
+        grids_N3: int [N, 3], the patch grid (t, h, w) of each image or video.
+        merge: patches along each side of a token; divides h and w.
+
+    Returns:
+        order_P: int64 [P], where to find each patch in row-major (t, h, w) order of the concatenated grids.
+        positions_P3: int64 [P, 3], (t, row, column) of the patches in the new order.
+        frame_lengths: patches of every frame, in order; attention stays inside a frame.
+    """
+    orders, positions, frame_lengths, start = [], [], [], 0
+    for t, h, w in grids_N3.tolist():
+        grid = torch.arange(t * h * w).view(t, h // merge, merge, w // merge, merge)
+        order = grid.transpose(2, 3).flatten()
+        orders.append(order + start)
+        positions.append(torch.stack([order // (h * w), order // w % h, order % w], dim=1))
+        frame_lengths += [h * w] * t
+        start += t * h * w
+    return torch.cat(orders), torch.cat(positions), frame_lengths
+
+
+class VisionEncoder(MegatronModule):
+    """Patches of images and videos -> decoder features, one row per placeholder token.
+
+    1. Patch embedding plus position embedding of (time, row, column):  [P, 3 p p] -> [P, Hv]
+    2. Transformer, attention inside each image or frame:               [P, Hv]
+    3. Merge of m x m neighbours:                                       [P / m^2, m^2 Hv]
+    4. Projector:                                                       [P / m^2, H]
+
+    Args:
+        config: the encoder's configuration (Hv, layers, heads).
+        output_size: the decoder's hidden size H.
+        shape: patch size p and merge m.
+        pg_collection: process groups; the transformer and the projector are split over `tp`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        output_size: int,
+        shape: MediaShape,
+        pg_collection: ProcessGroupCollection,
+    ):
+        super().__init__(config)
+        self.shape = shape
+        self.embed = plain_linear(shape.patch_values, config)
+        self.positions = FourierPositions(3, config)
+        self.transformer = PackedTransformer(config, pg_collection)
+        merged = shape.spatial_merge**2 * config.hidden_size
+        self.projector = build_projector(config, merged, output_size, pg_collection)
+
+    def forward(self, patches_PD: Tensor, grids_N3: Tensor) -> Tensor:
+        """Encode.
+
+        Args:
+            patches_PD: float [P, 3 p p], row-major (t, h, w) patches of all images and videos, one behind the other.
+            grids_N3: int [N, 3] patch grids (t, h, w), N at least 1; best on the CPU, since sizes are read from it.
+
+        Returns:
+            [tokens, H], in the order of the images, row-major (t, h / m, w / m) within each.
+
+        Raises:
+            ValueError: the grids do not cover the patches, or are not a multiple of the merge.
+        """
+        tokens = sum(self.shape.image_token_count(grid) for grid in grids_N3.tolist())
+        covered = tokens * self.shape.spatial_merge**2
+        if covered != patches_PD.size(0):
+            raise ValueError(f"image_grids describe {covered} patches, image_patches holds {patches_PD.size(0)}")
+        order_P, positions_P3, frame_lengths = merged_layout(grids_N3, self.shape.spatial_merge)
+        device = patches_PD.device
+        patches_PD = patches_PD[order_P.to(device)].to(self.embed.weight.dtype)
+        x_PH = self.embed(patches_PD) + self.positions(positions_P3.to(device))
+        x_PH = self.transformer(x_PH, frame_lengths)
+        return self.projector(x_PH.reshape(tokens, 1, -1))[0].squeeze(1)
+
+    def smallest_input(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A black image of one token, as arguments of `forward`."""
+        merge = self.shape.spatial_merge
+        patches = torch.zeros(merge * merge, self.shape.patch_values, device=device)
+        return patches, torch.tensor([[1, merge, merge]])

@@ -1,0 +1,35 @@
+"""One-process parallel state, and small models to build."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from tests.unit.models.small import small_arguments, small_config
+
+
+@pytest.fixture(scope="session")
+def one_rank(tmp_path_factory):
+    """torch.distributed and Megatron's groups with a single rank."""
+    store = tmp_path_factory.mktemp("store") / "file"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def make_model(one_rank):
+    """`make_model(arguments={...}, **config)` builds a multimodal model with the same weights every time."""
+    from megatron_anyexperts.models.build import build_model
+
+    def make(arguments: dict | None = None, **config):
+        torch.manual_seed(1)
+        args = SimpleNamespace(**small_arguments(**(arguments or {})))
+        return build_model(args, small_config(args.hybrid_layer_pattern or "*-", **config))
+
+    return make

@@ -1,0 +1,188 @@
+import pytest
+import torch
+from megatron.core.transformer.module import Float16Module
+
+from megatron_anyexperts.models.build import part_of
+from megatron_anyexperts.models.multimodal import within_documents
+from tests.unit.models.small import VOCABULARY, media_batch, text_batch
+
+
+def logits_without_labels(batch):
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def test_losses_and_logits_have_their_shapes(make_model):
+    model = make_model()
+    losses = model(**media_batch())
+    assert losses.shape == (1, 12)
+    assert losses.isfinite().all()
+    assert model(**logits_without_labels(media_batch())).shape == (1, 12, VOCABULARY)
+
+
+@pytest.mark.parametrize("pattern", ["*-*-", "*E*E"])
+def test_packed_documents_lose_what_they_lose_alone(make_model, pattern):
+    model = make_model({"hybrid_layer_pattern": pattern}, anyexperts_stock_moe=True)
+    batch = text_batch([7, 5], padding=3)
+    packed = model(**batch)
+    for part in (slice(0, 7), slice(7, 12)):
+        alone = model(**{key: value[:, part] for key, value in batch.items()})
+        torch.testing.assert_close(packed[:, part], alone)
+
+
+def test_no_segments_means_one_causal_document(make_model):
+    model = make_model()
+    batch = text_batch([9])
+    whole = model(**batch)
+    torch.testing.assert_close(model(**{**batch, "segment_ids": None}), whole)
+
+
+def test_features_land_on_their_placeholders_in_order(make_model):
+    model = make_model()
+    batch = media_batch()
+    seen = {}
+    hook = model.language_model.decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    model(**batch)
+    hook.remove()
+    decoder_input = seen["hidden_states"][:, 0]
+    images = model.vision(batch["image_patches"], batch["image_grids"])
+    clips = model.audio(batch["audio_features"], batch["audio_lengths"])
+    torch.testing.assert_close(decoder_input[[1, 2, 7, 8]], images)
+    torch.testing.assert_close(decoder_input[[5, 6]], clips)
+    text = [0, 3, 4, 9, 10, 11]
+    embedded = model.language_model.embedding(batch["tokens"], batch["position_ids"])[:, 0]
+    assert torch.equal(decoder_input[text], embedded[text])
+    assert seen["padding_mask"].tolist() == [[False] * 10 + [True] * 2]
+
+
+def test_gradients_reach_every_parameter(make_model):
+    model = make_model({"hybrid_layer_pattern": "*-*E"}, anyexperts_stock_moe=True)
+    model(**media_batch()).mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_encoders_without_input_get_zero_gradients(make_model):
+    model = make_model()
+    batch = text_batch([6])
+    with_encoders = model(**batch)
+    with_encoders.mean().backward()
+    encoder_gradients = [p.grad for name, p in model.named_parameters() if part_of(name) != "decoder"]
+    assert all(gradient is not None and not gradient.any() for gradient in encoder_gradients)
+    model.vision = model.audio = None
+    assert torch.equal(model(**batch), with_encoders)
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_too_few_features_name_both_counts(make_model, kind):
+    batch = media_batch()
+    batch["token_modality"][0, 3] = 1 if kind == "image" else 2
+    expected = {"image": "vision: the tokens hold 5 placeholders.*features for 4", "audio": "3 placeholders.*for 2"}
+    with pytest.raises(ValueError, match=expected[kind]):
+        make_model()(**batch)
+
+
+def test_placeholders_without_any_input_are_refused(make_model):
+    batch = media_batch()
+    batch |= {"image_patches": batch["image_patches"][:0], "image_grids": batch["image_grids"][:0]}
+    with pytest.raises(ValueError, match="vision: the tokens hold 4 placeholders.*features for 0"):
+        make_model()(**batch)
+
+
+def test_input_without_encoder_names_the_flag(make_model):
+    with pytest.raises(ValueError, match="--audio-num-layers above 0"):
+        make_model({"audio_num_layers": 0})(**media_batch())
+
+
+def test_bf16_model_trains(make_model):
+    model = make_model(bf16=True, params_dtype=torch.bfloat16)
+    wrapped = Float16Module(model.config, model)
+    losses = wrapped(**media_batch())
+    losses.mean().backward()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert losses.dtype == torch.float32 and losses.isfinite().all()
+
+
+def test_recomputation_does_not_change_gradients(make_model):
+    gradients = []
+    for settings in ({}, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}):
+        model = make_model(**settings)
+        model(**media_batch()).mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+FROZEN = ["vision_encoder", "vision_projector", "audio_encoder", "audio_projector", "decoder"]
+
+
+@pytest.mark.parametrize("part", FROZEN)
+def test_freezing_stops_exactly_one_part(make_model, part):
+    model = make_model({f"freeze_{part}": True})
+    frozen = {part_of(name) for name, p in model.named_parameters() if not p.requires_grad}
+    trained = {part_of(name) for name, p in model.named_parameters() if p.requires_grad}
+    assert frozen == {part}
+    assert part not in trained
+    model(**media_batch()).mean().backward() if trained else None
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_mtp_does_not_predict_across_documents(make_model):
+    mask = within_documents(torch.ones(1, 6), torch.tensor([[1, 1, 1, 2, 2, 0]]))
+    assert mask.tolist() == [[0, 1, 1, 0, 1, 0]]
+    model = make_model({"hybrid_layer_pattern": "*-/*-"}, mtp_num_layers=1, qk_layernorm=True)
+    gradients = []
+    for label in (0, 1):
+        batch = text_batch([4, 4]) | {"loss_mask": torch.tensor([[1.0, 1, 1, 0] * 2])}
+        batch["labels"][0, 4] = label  # multi-token prediction at the end of document 1 would be asked for it
+        model.zero_grad()
+        (model(**batch) * 0).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if ".mtp." in name})
+    assert any(gradient.any() for gradient in gradients[0].values())
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_partial_rotary_and_query_groups_change_the_model(make_model):
+    batch = text_batch([8])
+    losses = [make_model({"rotary_percent": percent})(**batch) for percent in (1.0, 0.5)]
+    assert not torch.allclose(*losses)
+
+
+def test_checkpoint_names_are_stable(make_model):
+    model = make_model(
+        {"hybrid_layer_pattern": "*-*E"},
+        qk_layernorm=True,
+        moe_shared_expert_intermediate_size=16,
+        anyexperts_stock_moe=True,
+    )
+    keys = {tensor.key for name, tensor in model.sharded_state_dict().items() if "_extra_state" not in name}
+    layers = "language_model.decoder.layers."
+    assert {
+        f"{layers}0.self_attention.linear_qkv.layer_norm_weight",
+        f"{layers}0.self_attention.q_layernorm.weight",
+        f"{layers}1.mlp.linear_fc1.layer_norm_weight",
+        f"{layers}3.pre_mlp_layernorm.weight",
+        f"{layers}3.mlp.router.weight",
+        f"{layers}3.mlp.shared_experts.linear_fc1.weight",
+        "language_model.decoder.final_norm.weight",
+        "language_model.embedding.word_embeddings.weight",
+        "language_model.output_layer.weight",
+        "vision.embed.weight",
+        "vision.transformer.stack.layers.0.self_attention.linear_qkv.layer_norm_weight",
+        "vision.projector.linear_fc2.weight",
+        "audio.front_end.conv2.weight",
+        "audio.positions.project.weight",
+    } <= keys
+
+
+def test_a_pattern_is_needed(make_model):
+    with pytest.raises(ValueError, match="--hybrid-layer-pattern"):
+        make_model({"hybrid_layer_pattern": None})
+
+
+def test_transformer_engine_is_asked_for_only_where_it_is(make_model):
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if HAVE_TE:
+        pytest.skip("Transformer Engine is installed")
+    with pytest.raises(ValueError, match="--transformer-impl local"):
+        make_model(transformer_impl="transformer_engine")
