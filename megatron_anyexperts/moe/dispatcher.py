@@ -1,0 +1,249 @@
+"""All-to-all dispatch of a variable number of slots per token.
+
+A *slot* is one (token, real expert) pair. Shapes: `T` local tokens, `H` hidden, `E` real experts, `L = E / P` local
+experts, `P` expert-parallel ranks, `X` expert-tensor-parallel ranks, `S = P * X` sources, `N` slots after the
+exchange.
+
+1. Counts: every source gathers every source's slots per expert (the one exchange the stock dispatcher makes too).
+2. Cap (only with `anyexperts_dispatch_eps`): plan quotas, reroute, fall back to virtual; one more exchange of counts.
+3. Permute: `[T, H]` -> slots sorted by expert.
+4. All-to-all over the expert-parallel group, then over the expert-tensor group where X > 1.
+5. Sort the received chunks by local expert -> `[N, H]`.
+
+`combine` undoes 5 to 3 and sums each token's slots. Gates travel with the slots, and the experts apply them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import all_to_all
+from megatron.core.transformer.moe.moe_utils import (
+    get_align_size_for_quantization,
+    pad_routing_map,
+    permute,
+    sort_chunks_by_idxs,
+    unpermute,
+)
+from torch import Tensor
+
+from megatron_anyexperts.moe.decision import RoutingDecision
+from megatron_anyexperts.moe.quotas import plan_dispatch, slot_cap
+from megatron_anyexperts.moe.reroute import fit_to_plan
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Slots per expert rank in one step of one expert-parallel group; the same on all its ranks, padding excluded.
+
+    Attributes:
+        demanded_P: int64, slots the routers asked for.
+        received_P: int64, slots sent; differs from `demanded_P` only where the cap acted.
+        received_E: int64, the same per expert.
+        rerouted: int64 scalar, slots sent to another expert than the router chose.
+        displaced: int64 scalar, slots made virtual by the cap.
+        cap: int64 scalar, slots a rank may receive; None when the cap is off.
+    """
+
+    demanded_P: Tensor
+    received_P: Tensor
+    received_E: Tensor
+    rerouted: Tensor
+    displaced: Tensor
+    cap: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Route:
+    """The way back: all that `combine` needs."""
+
+    shape: torch.Size
+    routing_map_TE: Tensor
+    permutation: Tensor
+    input_splits: list[int]
+    output_splits: list[int]
+    tp_splits: list[int]
+    chunk_sizes: Tensor
+    gate_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """What arrived for the local experts.
+
+    Attributes:
+        expert_input: [N, H], slots sorted by local expert.
+        tokens_per_expert: int64 [L] on the CPU, where each expert's slots end; with alignment padding, if on.
+        expert_probs: [N], the gates of the slots.
+        displaced_gate_T: summed gates of the slots the cap made virtual, differentiable; None when the cap is off.
+        load: slots per rank, for metrics.
+        route: the way back, for `SlotDispatcher.combine`.
+    """
+
+    expert_input: Tensor
+    tokens_per_expert: Tensor
+    expert_probs: Tensor
+    displaced_gate_T: Tensor | None
+    load: LoadReport
+    route: _Route
+
+
+class SlotDispatcher:
+    """Carries slots to their experts and back.
+
+    Owns no parameters and keeps no state between calls: `dispatch` returns all that `combine` needs.
+
+    Args:
+        config: an `AnyExpertsConfig`. Read: `num_moe_experts`, `moe_permute_fusion`,
+            `moe_router_padding_for_quantization`, `anyexperts_dispatch_eps`, `anyexperts_k_max`.
+        num_local_experts: experts on this rank.
+        local_expert_indices: their global indices, consecutive.
+        pg_collection: process groups `ep`, `expt_tp` and `tp_ep`.
+
+    Raises:
+        ValueError: the local experts are not a consecutive, equal share.
+    """
+
+    def __init__(self, config, num_local_experts: int, local_expert_indices: list[int], pg_collection) -> None:
+        self.config = config
+        self.ep_group, self.tp_group, self.tp_ep_group = (
+            pg_collection.ep,
+            pg_collection.expt_tp,
+            pg_collection.tp_ep,
+        )
+        self.ep_size, self.tp_size = self.ep_group.size(), self.tp_group.size()
+        self.tp_rank, self.source = self.tp_group.rank(), self.tp_ep_group.rank()
+        first = self.ep_group.rank() * num_local_experts
+        if num_local_experts * self.ep_size != config.num_moe_experts or list(local_expert_indices) != list(
+            range(first, first + num_local_experts)
+        ):
+            raise ValueError(
+                f"local experts {list(local_expert_indices)} of rank {self.ep_group.rank()} are not the consecutive "
+                f"share of num_moe_experts={config.num_moe_experts} over expert_model_parallel_size={self.ep_size}; "
+                "use an expert parallel size that divides the number of experts"
+            )
+        self.num_local_experts = num_local_experts
+        self.local = slice(first, first + num_local_experts)
+        eps = config.anyexperts_dispatch_eps
+        self.eps = None if eps is None or math.isinf(eps) or self.ep_size == 1 else eps
+        self.align = get_align_size_for_quantization(config) if config.moe_router_padding_for_quantization else 0
+        device = "cuda" if config.moe_permute_fusion else "cpu"
+        chunks = torch.arange(config.num_moe_experts * self.tp_size, device=device)
+        self._by_expert = chunks.reshape(-1, num_local_experts).T.ravel()
+        self._by_source = chunks.reshape(num_local_experts, -1).T.ravel()
+
+    def dispatch(self, hidden_TH: Tensor, decision: RoutingDecision) -> Dispatched:
+        """Send each real slot of `decision` to its expert's rank.
+
+        Args:
+            hidden_TH: [T, H]; T may be 0 and may differ between ranks.
+            decision: gates and slots of the local tokens.
+
+        Raises:
+            ValueError: alignment padding is on and T is not a multiple of the alignment.
+        """
+        gates_TE, map_TE = decision.gates_TE, decision.routing_map_TE
+        counts_SE = self._gather(map_TE.sum(0))
+        demanded_P = self._per_rank(counts_SE).sum(0)
+        zero = demanded_P.new_zeros(())
+        rerouted, displaced, displaced_gate_T, cap = zero, zero, None, None
+        if self.eps is not None:
+            cap = slot_cap(demanded_P.sum(), self.ep_size, self.eps)
+            plan = plan_dispatch(self._per_rank(counts_SE), cap)
+            fitted = fit_to_plan(
+                decision, plan.quota_SP[self.source], plan.room_SP[self.source], self.config.anyexperts_k_max
+            )
+            gates_TE, map_TE, displaced_gate_T = fitted.gates_TE, fitted.routing_map_TE, fitted.displaced_gate_T
+            gathered = self._gather(torch.cat([map_TE.sum(0), fitted.rerouted[None], fitted.displaced[None]]))
+            counts_SE, (rerouted, displaced) = gathered[:, :-2], gathered[:, -2:].sum(0)
+        received_E = counts_SE.sum(0)
+        load = LoadReport(demanded_P, received_E.view(self.ep_size, -1).sum(1), received_E, rerouted, displaced, cap)
+        if self.align:
+            gates_TE, map_TE, counts_SE = self._pad(gates_TE, map_TE, counts_SE)
+
+        input_splits, chunks_XPL = self._counts_on_host(counts_SE)
+        output_splits = chunks_XPL[self.tp_rank].sum(1).tolist()
+        tp_splits = chunks_XPL.sum((1, 2)).tolist()
+        fused = self.config.moe_permute_fusion
+        slots, probs, permutation, _, _ = permute(
+            hidden_TH, map_TE, probs=gates_TE, num_out_tokens=sum(input_splits), fused=fused
+        )
+        chunk_sizes = self._chunks(counts_SE).ravel() if fused else chunks_XPL.ravel()
+        route = _Route(
+            hidden_TH.shape, map_TE, permutation, input_splits, output_splits, tp_splits, chunk_sizes, gates_TE.dtype
+        )
+        slots, probs = (
+            self._gather_tp(all_to_all(self.ep_group, x, output_splits, input_splits), tp_splits)
+            for x in (slots, probs)
+        )
+        if self.num_local_experts > 1:
+            slots, probs = sort_chunks_by_idxs(slots, chunk_sizes, self._by_expert, probs=probs, fused=fused)
+        return Dispatched(slots, chunks_XPL.sum((0, 1)), probs, displaced_gate_T, load, route)
+
+    def combine(self, expert_output_NH: Tensor, dispatched: Dispatched) -> Tensor:
+        """Bring expert outputs back and sum the slots of each token.
+
+        Args:
+            expert_output_NH: [N, H], outputs for `dispatched.expert_input`, already multiplied by the gates.
+            dispatched: what `dispatch` returned.
+
+        Returns:
+            [T, H] in the dtype of the expert output; zero for a token without slots.
+        """
+        route, x = dispatched.route, expert_output_NH
+        fused = self.config.moe_permute_fusion
+        if self.num_local_experts > 1:
+            by_source = route.chunk_sizes.view(-1, self.num_local_experts).T.ravel()
+            x, _ = sort_chunks_by_idxs(x, by_source, self._by_source, fused=fused)
+        x = self._reduce_tp(x, route)
+        x = all_to_all(self.ep_group, x, route.input_splits, route.output_splits)
+        return unpermute(x, route.permutation, restore_shape=route.shape, routing_map=route.routing_map_TE, fused=fused)
+
+    def _gather(self, counts: Tensor) -> Tensor:
+        """int64 [n] of this source -> [S, n] of all sources."""
+        if self.tp_ep_group.size() == 1:
+            return counts[None]
+        gathered = counts.new_empty(self.tp_ep_group.size() * counts.numel())
+        torch.distributed.all_gather_into_tensor(gathered, counts, group=self.tp_ep_group)
+        return gathered.view(self.tp_ep_group.size(), -1)
+
+    def _per_rank(self, counts_SE: Tensor) -> Tensor:
+        return counts_SE.view(-1, self.ep_size, self.num_local_experts).sum(2)
+
+    def _chunks(self, counts_SE: Tensor) -> Tensor:
+        """[X, P, L]: slots for each local expert, in the order in which the chunks arrive."""
+        return counts_SE[:, self.local].reshape(self.ep_size, self.tp_size, -1).transpose(0, 1)
+
+    def _counts_on_host(self, counts_SE: Tensor) -> tuple[list[int], Tensor]:
+        """Slots this source sends to each rank, and chunks [X, P, L] it receives: one copy, one synchronisation."""
+        sent = counts_SE[self.source]
+        packed = torch.cat([sent, self._chunks(counts_SE).ravel()]).cpu()
+        input_splits = packed[: sent.numel()].view(self.ep_size, -1).sum(1).tolist()
+        return input_splits, packed[sent.numel() :].view(self.tp_size, self.ep_size, -1)
+
+    def _pad(self, gates_TE: Tensor, map_TE: Tensor, counts_SE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Fill each expert's slots up to the alignment of the quantised GEMM, with gate 0."""
+        align = self.align
+        if map_TE.shape[0] % align:
+            raise ValueError(
+                f"{map_TE.shape[0]} local tokens are no multiple of the alignment {align} of the quantised experts, so "
+                f"slots cannot be padded to it; make micro-batch x sequence / (TP x CP) a multiple of {align}, or "
+                "drop --moe-router-padding-for-quantization"
+            )
+        # Upstream pads in place: a copy keeps the decision, and with it every count of real slots, as it was.
+        padded_TE = pad_routing_map(map_TE.clone(), align)
+        return gates_TE.masked_fill(~map_TE, 0), padded_TE, -(-counts_SE // align) * align
+
+    def _gather_tp(self, x: Tensor, tp_splits: list[int]) -> Tensor:
+        # An uneven all-gather written as an all-to-all: the same traffic, and gloo can do it too.
+        if self.tp_size == 1:
+            return x
+        copies = x.expand(self.tp_size, *x.shape).flatten(0, 1)
+        return all_to_all(self.tp_group, copies, tp_splits, [x.shape[0]] * self.tp_size)
+
+    def _reduce_tp(self, x: Tensor, route: _Route) -> Tensor:
+        if self.tp_size == 1:
+            return x
+        own = sum(route.output_splits)
+        parts = all_to_all(self.tp_group, x, [own] * self.tp_size, route.tp_splits)
+        return parts.view(self.tp_size, own, -1).to(route.gate_dtype).sum(0).to(x.dtype)

@@ -1,0 +1,128 @@
+"""Integer planning of dispatch under a slot budget.
+
+Every rank sees the same demand matrix and computes the same plan from it, without further communication:
+
+1. `slot_cap`: the most slots an expert rank may receive, ``C = ceil((1 + eps) * R / P)``.
+2. `plan_dispatch`: how many slots each source may send to each expert rank (its *quota*), and how many of the slots
+   it has to give up it may send to the ranks that have *room* instead.
+
+Shapes: `S` source ranks (expert-parallel x expert-tensor-parallel), `P` expert ranks (destinations), `E` experts.
+The arithmetic is exact as long as ``R * C < 2**52`` (a step of 2**26 slots over 256 ranks needs 2**44), runs on the
+demand's device and does not synchronise a GPU with its host.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Low-discrepancy phases (golden ratio in 16 bits): see `_share_room`.
+_GOLDEN_16 = 40503
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """What each source may send.
+
+    Attributes:
+        cap: int64 scalar, slots an expert rank may receive.
+        quota_SP: int64, slots a source may send out of its own demand; at most the demand, column sums at most `cap`.
+        room_SP: int64, slots a source may reroute to a rank; `(quota_SP + room_SP)` has column sums at most `cap`.
+    """
+
+    cap: Tensor
+    quota_SP: Tensor
+    room_SP: Tensor
+
+
+def slot_cap(total_slots: Tensor, ranks: int, eps: float) -> Tensor:
+    """Slots an expert rank may receive: ``ceil((1 + eps) * total_slots / ranks)``, in exact arithmetic.
+
+    Args:
+        total_slots: int64 scalar, real slots of the step over all sources.
+        ranks: expert ranks that share them.
+        eps: allowed excess over the mean, a finite number >= 0, taken to six decimals.
+
+    Raises:
+        ValueError: `eps` is negative or not finite, so no dispatch could satisfy the cap.
+    """
+    if not 0 <= eps < float("inf"):
+        raise ValueError(
+            f"eps={eps} is no feasible dispatch cap: below 0 the expert ranks together hold fewer slots than are sent; "
+            "use eps >= 0 (0.05 allows 5 % over the mean), or switch the cap off"
+        )
+    factor = 1 + Fraction(eps).limit_denominator(10**6)
+    return -(-total_slots * factor.numerator // (ranks * factor.denominator))
+
+
+def plan_dispatch(demand_SP: Tensor, cap: Tensor | int) -> DispatchPlan:
+    """Quotas and room for one step.
+
+    Demand for a rank at or under the cap passes untouched. Demand for a rank over the cap is scaled down to exactly
+    the cap, each source in proportion to its demand (largest remainder). The room left on the other ranks is shared
+    among the sources in proportion to what they have to give up.
+
+    Args:
+        demand_SP: int64 [S, P], slots each source would like to send to each expert rank.
+        cap: slots a rank may receive, from `slot_cap`.
+
+    Raises:
+        ValueError: the cap is infeasible, that is ``cap * P`` is less than the total demand. Checked only where the
+            demand lies on the CPU: on a GPU the check would synchronise, and `slot_cap` cannot return such a cap.
+    """
+    ranks = demand_SP.shape[1]
+    load_P = demand_SP.sum(0)
+    cap = torch.as_tensor(cap, dtype=torch.int64, device=demand_SP.device)
+    if demand_SP.device.type == "cpu" and cap * ranks < load_P.sum():
+        raise ValueError(
+            f"cap={cap.item()} on {ranks} expert ranks holds {cap.item() * ranks} slots, but {load_P.sum().item()} are "
+            f"to be sent; use a cap of at least {-(-load_P.sum().item() // ranks)}"
+        )
+    quota_SP = _largest_remainder(demand_SP, load_P, torch.minimum(load_P, cap))
+    given_up_S = (demand_SP - quota_SP).sum(1)
+    return DispatchPlan(cap, quota_SP, _share_room(given_up_S, (cap - load_P).clamp_min(0)))
+
+
+def _largest_remainder(demand_SP: Tensor, load_P: Tensor, seats_P: Tensor) -> Tensor:
+    """Scale each column of `demand_SP` (sum `load_P`) down to the sum `seats_P`, proportionally."""
+    sources, ranks = demand_SP.shape
+    scaled_SP = demand_SP * seats_P
+    floor_SP = _floor_divide(scaled_SP, load_P.clamp_min(1))
+    remainder_SP = scaled_SP - floor_SP * load_P
+    left_P = seats_P - floor_SP.sum(0)
+    # Equal remainders are common (equal demands). `source ^ rank` puts the sources in another order in each
+    # column, so that no source loses every tie.
+    source_S = torch.arange(sources, device=demand_SP.device)
+    rank_P = torch.arange(ranks, device=demand_SP.device)
+    key_PS = remainder_SP.T * (1 << max(sources, ranks).bit_length()) + (source_S ^ rank_P[:, None])
+    threshold_P1 = _sort_rows(key_PS).gather(1, (sources - left_P).clamp_max(sources - 1)[:, None])
+    return floor_SP + ((key_PS >= threshold_P1) & (left_P > 0)[:, None]).T
+
+
+def _share_room(given_up_S: Tensor, room_P: Tensor) -> Tensor:
+    """Share `room_P` among sources in proportion to `given_up_S`; column sums are exactly `room_P`.
+
+    Systematic apportionment: the sources lie on a line, each as long as its share, and a source gets the integer
+    marks on its piece. Each share is the exact one rounded up or down. The marks start at a different phase in
+    each column, so that the roundings of one source cancel over the columns instead of adding up.
+    """
+    edge_S = given_up_S.cumsum(0)
+    total = edge_S[-1].clamp_min(1)
+    phase_P = torch.arange(room_P.shape[0], device=room_P.device) * _GOLDEN_16 % 65536 * total // 65536
+    marks_SP = _floor_divide(edge_S[:, None] * room_P + phase_P, total)
+    return marks_SP.diff(dim=0, prepend=torch.zeros_like(marks_SP[:1]))
+
+
+def _floor_divide(numerator: Tensor, divisor: Tensor) -> Tensor:
+    # Three times as fast as int64 division, and exact: a quotient a/b below an integer misses it by at least 1/b,
+    # which float64 resolves while a < 2**52.
+    return (numerator.double() / divisor).floor().long()
+
+
+def _sort_rows(key: Tensor) -> Tensor:
+    # numpy's vectorised sort takes a tenth of torch's time on a CPU.
+    if key.device.type == "cpu":
+        return torch.from_numpy(np.sort(key.numpy(), axis=1))
+    return key.sort(dim=1).values
