@@ -1,0 +1,61 @@
+"""Where a run keeps its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory: `RUN/{checkpoints,tensorboard,logs,samples}` and what lies below `logs`."""
+
+    root: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard event files."""
+        return self.root / "tensorboard"
+
+    @property
+    def samples(self) -> Path:
+        """Keys of the consumed samples, one file per data-parallel rank."""
+        return self.root / "samples"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def events(self) -> Path:
+        """Starts, exits, hangs and other rare happenings, one JSON object a line."""
+        return self.logs / "events.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """Figures of each log interval, one JSON object a line."""
+        return self.logs / "metrics.jsonl"
+
+    @property
+    def heartbeats(self) -> Path:
+        return self.logs / "heartbeat"
+
+    @property
+    def stacks(self) -> Path:
+        """Last stack of each rank, written when it crashes or when the watchdog asks."""
+        return self.logs / "stacks"
+
+    def create(self) -> Run:
+        """Make the directories; returns itself."""
+        for folder in (self.checkpoints, self.heartbeats, self.stacks):
+            folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+
+def rank_file(folder: Path, rank: int, suffix: str) -> Path:
+    """`folder/rank0003.json` for rank 3 and suffix "json"."""
+    return folder / f"rank{rank:04d}.{suffix}"

@@ -1,0 +1,74 @@
+"""Append-only logs of a run: `events.jsonl` for what happened, `metrics.jsonl` for how training goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .run import Run
+
+
+def append_event(run: Run, event: str, **fields: Any) -> None:
+    """Record one happening with the time of day; `fields` are usually reason, iteration and restart.
+
+    Args:
+        run: the run it happened to.
+        event: "start", "exit", "finished", "hang", "fallback", "save_failed" or another single word.
+    """
+    _append(run.events, {"time": round(time.time(), 3), "event": event} | fields)
+
+
+def append_metrics(run: Run, iteration: int, **figures: Any) -> None:
+    """Record the figures of the log interval that ended with `iteration`.
+
+    Args:
+        run: the run they belong to.
+        iteration: optimizer steps since the start of the run.
+        figures: `loss`, `tokens_per_s`, `consumed_samples`, `train_iters`, `load_max_over_mean`,
+            `data_wait_share` (0 to 1), `loss_text` and so on; floats or ints.
+    """
+    _append(run.metrics, {"iteration": iteration, "time": round(time.time(), 3)} | figures)
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Every complete record of a log; a line torn by a crash is left out, an absent file has none."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def read_events(run: Run) -> list[dict[str, Any]]:
+    """All events, oldest first."""
+    return list(read(run.events))
+
+
+def read_metrics(run: Run) -> list[dict[str, Any]]:
+    """Figures by iteration, ascending; of an iteration trained twice after a restart the later one counts."""
+    latest = {record["iteration"]: record for record in read(run.metrics) if "iteration" in record}
+    return [latest[iteration] for iteration in sorted(latest)]
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(record, separators=(",", ":")) + "\n"
+    # One write on an O_APPEND descriptor keeps lines of several writers whole. The leading newline of a file whose
+    # last line was torn by a crash keeps the torn line from swallowing this record.
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = "\n" + line
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)

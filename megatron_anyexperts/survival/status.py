@@ -1,0 +1,144 @@
+"""One screen about a run, from its files alone."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from typing import Any
+
+from . import runlog
+from .checkpoints import newest_sealed
+from .heartbeat import Beat, read_beats
+from .manifest import MANIFEST, iteration_directory
+from .run import Run
+
+_SILENT_S = 600
+
+
+def screen(run: Run, now: float | None = None) -> str:
+    """The status of a run as text, one fact a line.
+
+    Args:
+        run: an existing run directory.
+        now: seconds since the epoch; the present by default.
+
+    Raises:
+        FileNotFoundError: there is no such run.
+    """
+    if not run.root.is_dir():
+        raise FileNotFoundError(f"no run directory {run.root}")
+    now = time.time() if now is None else now
+    events, metrics, beats = runlog.read_events(run), runlog.read_metrics(run), read_beats(run)
+    last = metrics[-1] if metrics else {}
+    rows = [("run", str(run.root)), ("state", _state(events, beats, now)), ("iteration", _iteration(last))]
+    rows += [("loss", _losses(last)), ("tokens/s", _number(last.get("tokens_per_s"), ",.0f")),
+             ("expected end", _expected_end(metrics, now)), ("checkpoint", _checkpoint(run, now)),
+             ("expert load", _load(last)), ("data wait", _share(last.get("data_wait_share"))),
+             ("last metrics", _ago(now - last["time"]) if "time" in last else "none yet")]
+    lines = [f"{name:<13} {value}" for name, value in rows]
+    return "\n".join(lines + _restarts(events, now)) + "\n"
+
+
+def seconds_per_iteration(metrics: list[dict[str, Any]], window: int = 50) -> float | None:
+    """Median over the last log intervals; pauses between restarts therefore hardly count. None when unknown."""
+    recent = metrics[-window - 1:]
+    paces = sorted((after["time"] - before["time"]) / (after["iteration"] - before["iteration"])
+                   for before, after in zip(recent, recent[1:], strict=False)
+                   if after["time"] > before["time"])
+    return paces[len(paces) // 2] if paces else None
+
+
+def _state(events: list[dict[str, Any]], beats: dict[int, Beat], now: float) -> str:
+    marks = [event for event in events if event.get("event") in ("start", "exit", "finished", "stop")]
+    if not marks:
+        return "not started"
+    last = marks[-1]
+    if any(event["event"] == "finished" for event in marks[-2:]):
+        return "finished"
+    if last["event"] == "stop":
+        return f"stopped: {last.get('summary', last.get('reason'))}"
+    if last["event"] == "exit":
+        return f"waiting to restart: {last.get('reason')}"
+    newest = max((beat.time for beat in beats.values()), default=last["time"])
+    if now - newest > _SILENT_S:
+        return f"silent: no sign of life for {_span(now - newest)}"
+    phases = sorted({beat.phase for beat in beats.values()}) or ["start"]
+    names = {"start": "starting", "train": "training", "save": "saving", "end": "ending"}
+    return f"{', '.join(names.get(phase, phase) for phase in phases)} on {_nodes(beats)} ({len(beats)} ranks)"
+
+
+def _nodes(beats: dict[int, Beat]) -> str:
+    nodes = sorted({beat.node for beat in beats.values()})
+    return ", ".join(nodes) if len(nodes) <= 4 else f"{len(nodes)} nodes"
+
+
+def _iteration(last: dict[str, Any]) -> str:
+    if "iteration" not in last:
+        return "none yet"
+    total = last.get("train_iters")
+    share = f" of {total:,} ({last['iteration'] / total:.1%})" if total else ""
+    return f"{last['iteration']:,}{share}"
+
+
+def _losses(last: dict[str, Any]) -> str:
+    parts = [f"{name.removeprefix('loss_')} {value:.4f}" for name, value in sorted(last.items())
+             if name.startswith("loss_") and isinstance(value, float)]
+    return _number(last.get("loss"), ".4f") + (f"  ({', '.join(parts)})" if parts else "")
+
+
+def _expected_end(metrics: list[dict[str, Any]], now: float) -> str:
+    pace = seconds_per_iteration(metrics)
+    total = metrics[-1].get("train_iters") if metrics else None
+    if pace is None or not total:
+        return "unknown"
+    left = max(0, total - metrics[-1]["iteration"]) * pace
+    return f"{_clock(now + left)} UTC, in {_span(left)} at {pace:.3g} s an iteration, without waiting in the queue"
+
+
+def _checkpoint(run: Run, now: float) -> str:
+    iteration = newest_sealed(run.checkpoints)
+    if iteration is None:
+        return "none yet"
+    written = (iteration_directory(run.checkpoints, iteration) / MANIFEST).stat().st_mtime
+    return f"iteration {iteration:,}, {_ago(now - written)}"
+
+
+def _load(last: dict[str, Any]) -> str:
+    value = last.get("load_max_over_mean")
+    return "unknown" if value is None else f"{value:.3f} max over mean"
+
+
+def _restarts(events: list[dict[str, Any]], now: float, shown: int = 5) -> list[str]:
+    starts = [event for event in events if event.get("event") == "start"]
+    notes = [event for event in events
+             if event.get("event") in ("exit", "hang", "fallback", "save_failed", "preflight", "stop")]
+    lines = [f"{'restarts':<13} {max(0, len(starts) - 1)}"]
+    for event in notes[-shown:]:
+        where = f" at iteration {event['iteration']}" if event.get("iteration") is not None else ""
+        why = event.get("reason") or event.get("summary") or ""
+        lines.append(f"  {_clock(event['time'])}  {event['event']}{where}: {why}")
+    return lines
+
+
+def _number(value: Any, form: str) -> str:
+    return "unknown" if value is None else format(value, form)
+
+
+def _share(value: Any) -> str:
+    return "unknown" if value is None else f"{value:.1%} of step time"
+
+
+def _clock(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def _span(seconds: float) -> str:
+    whole = int(seconds)
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
+def _ago(seconds: float) -> str:
+    return f"{_span(max(0.0, seconds))} ago"
