@@ -1,0 +1,90 @@
+"""The multimodal model under tensor, sequence and pipeline parallelism computes what one rank computes."""
+
+from types import SimpleNamespace
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_anyexperts.models.build import build_model
+from tests.multirank import run_ranks
+from tests.unit.models.small import media_batch, small_arguments, small_config
+
+ARGUMENTS = SimpleNamespace(**small_arguments())
+
+
+def start(tensor: int = 1, pipeline: int = 1) -> None:
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor, pipeline)
+    model_parallel_cuda_manual_seed(1)
+    torch.manual_seed(1)
+
+
+def losses_and_gradients() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """On one rank, before any splitting."""
+    start()
+    model = build_model(ARGUMENTS, small_config(qk_layernorm=True))
+    losses = model(**media_batch())
+    losses.square().mean().backward()
+    return losses.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def compare_tensor_parallel(rank: int, world_size: int, sequence_parallel: bool) -> list[str]:
+    expected_losses, expected = losses_and_gradients()
+    start(tensor=world_size)
+    config = small_config(tensor_model_parallel_size=world_size, sequence_parallel=sequence_parallel, qk_layernorm=True)
+    model = build_model(ARGUMENTS, config)
+    losses = model(**media_batch())
+    losses.square().mean().backward()
+    torch.testing.assert_close(losses.detach(), expected_losses)
+    checked = []
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if getattr(parameter, "tensor_model_parallel", False):
+            squares = gradient.square().sum()
+            torch.distributed.all_reduce(squares)
+            torch.testing.assert_close(squares, expected[name].square().sum(), msg=lambda m, name=name: f"{name}: {m}")
+        else:
+            # What Megatron's gradient finalisation sums over the tensor-parallel ranks.
+            if getattr(parameter, "sequence_parallel", False) or "q_layernorm" in name or "k_layernorm" in name:
+                torch.distributed.all_reduce(gradient)
+            torch.testing.assert_close(gradient, expected[name], msg=lambda m, name=name: f"{name}: {m}")
+        checked.append(name)
+    assert set(checked) == set(expected)
+    return checked
+
+
+def test_tensor_parallel_losses_and_gradients_are_those_of_one_rank():
+    run_ranks(compare_tensor_parallel, 2, False)
+
+
+def test_sequence_parallel_losses_and_gradients_are_those_of_one_rank():
+    run_ranks(compare_tensor_parallel, 2, True)
+
+
+def compare_pipeline_parallel(rank: int, world_size: int) -> tuple[bool, int]:
+    start()
+    whole = build_model(ARGUMENTS, small_config())
+    expected = whole(**media_batch()).detach()
+    start(pipeline=world_size)
+    first, last = rank == 0, rank == world_size - 1
+    config = small_config(pipeline_model_parallel_size=world_size)
+    stage = build_model(ARGUMENTS, config, pre_process=first, post_process=last)
+    weights = dict(whole.named_parameters())
+    for name, parameter in stage.named_parameters():
+        path = name.split(".")
+        if path[:3] == ["language_model", "decoder", "layers"]:
+            path[3] = str(stage.decoder.layers[int(path[3])].layer_number - 1)
+        parameter.data.copy_(weights[".".join(path)])
+    if first:
+        torch.distributed.send(stage(**media_batch()).detach(), dst=1)
+    else:
+        hidden = torch.empty(12, 1, config.hidden_size)
+        torch.distributed.recv(hidden, src=0)
+        stage.set_input_tensor([hidden])
+        torch.testing.assert_close(stage(**media_batch()).detach(), expected)
+    return stage.vision is not None, len(stage.decoder.layers)
+
+
+def test_pipeline_stages_give_the_losses_of_one_rank_and_only_the_first_has_encoders():
+    assert run_ranks(compare_pipeline_parallel, 2) == [(True, 2), (False, 2)]
