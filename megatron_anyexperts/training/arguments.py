@@ -1,0 +1,138 @@
+"""Command line of the entry points: a YAML file of Megatron flags, overridden by the flags that follow it."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_anyexperts.training.config import RunConfig, apply_run_dir
+
+ParserHook = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done; the message says what to change."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add every flag of this project, each generated from the dataclass that declares it."""
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    from megatron_anyexperts.config import add_anyexperts_args
+    from megatron_anyexperts.data.config import DataConfig
+    from megatron_anyexperts.models.build import add_model_arguments
+
+    add_anyexperts_args(parser)
+    add_model_arguments(parser)
+    for config, title in ((DataConfig, "multimodal data"), (RunConfig, "run")):
+        ArgumentGroupFactory(config).build_group(parser, title=title)
+    return parser
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Read a YAML mapping of flag names to values; ``-`` and ``_`` are the same in a name.
+
+    Raises:
+        UsageError: the file is missing, is not YAML, or is not a flat mapping.
+    """
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read --config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path} is not YAML: {error}") from error
+    if not isinstance(config, Mapping) or any(isinstance(value, Mapping) for value in config.values()):
+        raise UsageError(f"--config {path} must be a flat mapping of Megatron flags to values")
+    return {str(key).replace("_", "-"): value for key, value in config.items()}
+
+
+def config_to_argv(config: Mapping[str, Any], overridden: set[str], flags: Mapping[str, argparse.Action]) -> list[str]:
+    """Turn a configuration into command-line words, leaving out what the command line sets itself.
+
+    Args:
+        config: flag names without the leading dashes, to values; true means a flag without value, false and null
+            mean that the flag is absent.
+        overridden: destinations (argparse `dest`) that the command line sets.
+        flags: option string to argparse action, for all known flags.
+
+    Raises:
+        UsageError: a key is no flag; names the nearest ones.
+    """
+    argv: list[str] = []
+    for key, value in config.items():
+        action = flags.get(f"--{key}")
+        if action is None:
+            raise UsageError(f"unknown configuration key '{key}'{_nearest(f'--{key}', flags)}")
+        if action.dest in overridden or value is None or value is False:
+            continue
+        if action.nargs == 0 and value is not True:
+            raise UsageError(f"configuration key '{key}' is a switch; its value is true or false, not {value!r}")
+        values = [] if value is True and action.nargs == 0 else value if isinstance(value, list) else [value]
+        argv += [f"--{key}", *map(str, values)]
+    return argv
+
+
+def _nearest(option: str, flags: Mapping[str, argparse.Action]) -> str:
+    near = [name.removeprefix("--") for name in difflib.get_close_matches(option, flags, n=3, cutoff=0.6)]
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def merge(cli: list[str], add: ParserHook = add_arguments) -> list[str]:
+    """Return the full command line: the words of ``--config FILE``, then those of `cli` without it.
+
+    ``--unset KEY`` (repeatable) drops a key of the file, which is how a switch of the file is turned off.
+
+    Args:
+        cli: command-line words without the program's name.
+        add: adds the project's own flags to Megatron's.
+
+    Raises:
+        UsageError: an unknown key or flag, or an unreadable file.
+    """
+    from megatron.training.arguments import add_megatron_arguments
+
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--config")
+    own.add_argument("--unset", action="append", default=[])
+    chosen, rest = own.parse_known_args(cli)
+    parser = add(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    flags = {option: action for action in parser._actions for option in action.option_strings}
+
+    given = [word.split("=", 1)[0] for word in rest if word.startswith("--")]
+    for option in given:
+        if option not in flags and option != "--help":
+            raise UsageError(f"unknown flag {option}{_nearest(option, flags)}")
+    config = read_config(chosen.config) if chosen.config else {}
+    for key in (key.replace("_", "-") for key in chosen.unset):
+        if key not in config:
+            raise UsageError(f"--unset {key}: {chosen.config} has no such key")
+        del config[key]
+    overridden = {flags[option].dest for option in given if option in flags}
+    return config_to_argv(config, overridden, flags) + rest
+
+
+def parse(cli: list[str], defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
+    """Parse and validate the command line the way Megatron's own entry points do, and set its globals.
+
+    Args:
+        cli: command-line words without the program's name; may contain ``--config``.
+        defaults: flag defaults of the entry point, by destination.
+
+    Returns:
+        Megatron's arguments, with this project's among them.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    sys.argv = [sys.argv[0], *merge(cli)]
+    args = parse_args(extra_args_provider=add_arguments)
+    apply_run_dir(args)
+    validate_args(args, dict(defaults or {}))
+    set_global_variables(args)
+    return args

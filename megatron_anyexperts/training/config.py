@@ -1,0 +1,43 @@
+"""Flags of a training run that neither Megatron nor the other groups declare."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_anyexperts.survival.run import Run
+
+
+@dataclass
+class RunConfig:
+    """Where a run keeps its files, and how its checkpoints are kept."""
+
+    run_dir: str | None = None
+    """Directory of the run: checkpoints, TensorBoard curves, logs and sample keys go below it. Sets --save, --load
+    and --tensorboard-dir where they are not given."""
+
+    log_sample_keys: bool = False
+    """Write the keys of the samples of every training step to RUN_DIR/samples, one JSON line per step and
+    data-parallel rank."""
+
+    keep_last_checkpoints: int = 3
+    """Number of newest checkpoints that are kept; older ones are deleted after a verified save. 0 keeps all."""
+
+    keep_every_checkpoint: int = 0
+    """Checkpoints whose iteration is a multiple of this are never deleted. 0: no such exception."""
+
+    def __post_init__(self):
+        for name in ("keep_last_checkpoints", "keep_every_checkpoint"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} is negative; use 0 or more")
+
+
+def apply_run_dir(args: argparse.Namespace) -> None:
+    """Derive Megatron's directories from ``--run-dir`` where the user did not give them."""
+    if args.run_dir is None:
+        return
+    run = Run(Path(args.run_dir))
+    args.save = args.save or str(run.checkpoints)
+    args.load = args.load or args.save
+    args.tensorboard_dir = args.tensorboard_dir or str(run.tensorboard)

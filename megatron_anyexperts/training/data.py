@@ -1,0 +1,87 @@
+"""Gives Megatron the training and validation microbatches of this rank."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.training import get_args
+
+from megatron_anyexperts.data.config import DataConfig
+from megatron_anyexperts.data.elastic import check_global_batch
+from megatron_anyexperts.data.loader import MicrobatchLoader
+from megatron_anyexperts.data.validation import ValidationLoader
+from megatron_anyexperts.media import MediaShape
+from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.training.checkpoints import Checkpoints
+from megatron_anyexperts.training.step_stats import SampleLog, StepStats, forget_after
+
+
+class DataProvider:
+    """Callable with the signature of Megatron's dataset provider, for ``--dataloader-type external``.
+
+    Every pipeline stage reads the same microbatches, because routers on all of them need to know which tokens are
+    padding and of which modality; tensor-parallel rank 0 reads for its group.
+
+    Args:
+        checkpoints: restores and saves the position in the training data.
+        stats: gets the sample log.
+    """
+
+    is_distributed = True  # the loaders below know their data-parallel rank
+
+    def __init__(self, checkpoints: Checkpoints, stats: StepStats):
+        self.checkpoints = checkpoints
+        self.stats = stats
+
+    def __call__(self, _num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, None]:
+        """Return the training and validation iterators of this rank; None where another rank reads."""
+        args = get_args()
+        if mpu.get_tensor_model_parallel_rank() != 0:
+            return None, None, None
+        common = {
+            "blend": _blend(args.data_path),
+            "config": DataConfig(**{field.name: getattr(args, field.name) for field in fields(DataConfig)}),
+            "shape": MediaShape.from_args(args),
+            "tokenizer": args.tokenizer_model,
+            "seq_length": args.seq_length,
+            "dp_rank": mpu.get_data_parallel_rank(),
+            "dp_size": mpu.get_data_parallel_world_size(),
+        }
+        train = None
+        if not args.skip_train:
+            check_global_batch(args.global_batch_size, args.micro_batch_size, args.data_streams)
+            train = MicrobatchLoader(**common, micro_batch_size=args.micro_batch_size, seed=args.seed)
+            self.checkpoints.restore_data(train)
+            self._open_sample_log(args)
+        valid = None
+        if args.eval_iters:
+            rows = args.eval_micro_batch_size * common["dp_size"]
+            steps = args.eval_iters * (args.eval_global_batch_size // rows)
+            valid = ValidationLoader(**common, micro_batch_size=args.eval_micro_batch_size, microbatches=steps)
+        return train, valid, None
+
+    def _open_sample_log(self, args: argparse.Namespace) -> None:
+        if not (args.log_sample_keys and args.run_dir and mpu.is_pipeline_first_stage(ignore_virtual=True)):
+            return
+        folder = Run(Path(args.run_dir)).samples
+        group, rank = mpu.get_data_parallel_group(), mpu.get_data_parallel_rank()
+        if rank == 0:
+            forget_after(folder, args.iteration)
+        torch.distributed.barrier(group=group)
+        self.stats.sample_log = SampleLog(folder, rank)
+
+
+def _blend(data_path: list[str] | None) -> Path:
+    """The one blend file that ``--data-path`` names.
+
+    Raises:
+        ValueError: none or several are given.
+    """
+    if not data_path or len(data_path) != 1:
+        raise ValueError(f"--data-path={data_path}: name one Energon blend, such as SHARDS/blend.yaml")
+    return Path(data_path[0])

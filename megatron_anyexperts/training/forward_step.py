@@ -1,0 +1,85 @@
+"""The forward step that Megatron's schedules call: one microbatch through the model, and its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args, get_timers
+
+from megatron_anyexperts.moe.metrics import token_modality
+from megatron_anyexperts.training.batch import next_batch
+from megatron_anyexperts.training.step_stats import MODALITIES, StepStats, modality_sums
+
+
+class ForwardStep:
+    """Callable with the signature of Megatron's ``forward_step_func``.
+
+    Args:
+        stats: collects losses per modality, tokens, sample keys and waiting time of training steps.
+    """
+
+    def __init__(self, stats: StepStats):
+        self.stats = stats
+
+    def __call__(self, data_iterator: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+        """Return the [B, S] losses (or, before the last pipeline stage, activations) and the loss function."""
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        if model.training:
+            with self.stats.waiting_for_data():
+                batch = next_batch(data_iterator)
+            # Virtual stages of one rank read the same samples; one of them is enough.
+            if self.stats.sample_log is not None and get_attr_wrapped_model(model, "pre_process"):
+                self.stats.sample_log.add(batch["sample_keys"])
+        else:
+            batch = next_batch(data_iterator)
+        timers("batch-generator").stop()
+
+        inputs = {name: value for name, value in batch.items() if name not in ("sample_keys", "sample_modality")}
+        with token_modality(batch["token_modality"]):
+            output = model(**inputs)
+        record = self.stats if model.training else None
+        return output, partial(loss_func, batch["loss_mask"], batch["sample_modality"], record)
+
+
+def loss_func(
+    loss_mask: torch.Tensor, sample_modality: torch.Tensor, stats: StepStats | None, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum the losses of a microbatch; Megatron divides by the global number of targets.
+
+    Args:
+        loss_mask: [B, S] fp32, 1 for targets.
+        sample_modality: [B, S] int8 kinds of sample, -1 for padding.
+        stats: takes the sums per modality while training. Evaluation (None) reports them in the dictionary instead,
+            because Megatron adds those up over all microbatches before it divides; it divides step by step in
+            training, where a step may hold no sample of a kind.
+        output: [B, S] losses from the last pipeline stage.
+
+    Returns:
+        fp32 sum of losses, int number of targets, and [sum, number] pairs to report.
+    """
+    losses = output.float()
+    loss = torch.sum(losses * loss_mask)
+    targets = loss_mask.sum().to(torch.int)
+    if get_args().check_for_nan_in_loss_and_grad:
+        for reject, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            get_rerun_state_machine().validate_result(
+                result=loss,
+                rejection_func=reject,
+                message=f"found {what} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    report = {"lm loss": torch.stack([loss.detach(), targets.to(loss.dtype)])}
+    sums = modality_sums(losses.detach(), loss_mask, sample_modality)
+    if stats is None:
+        report |= {f"{name} loss": sums[index] for index, name in enumerate(MODALITIES)}
+    else:
+        stats.add_losses(sums)
+        stats.tokens += int((sample_modality >= 0).sum())
+    return loss, targets, report

@@ -1,0 +1,158 @@
+"""Runs Megatron's own pretraining loop on the multimodal model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_anyexperts.platform import cpu
+from megatron_anyexperts.survival import heartbeat as heartbeats
+from megatron_anyexperts.survival import runlog
+from megatron_anyexperts.survival.checkpoints import NoUsableCheckpoint
+from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.training.arguments import UsageError, parse
+
+DEFAULTS = {"tokenizer_type": "HuggingFaceTokenizer"}
+
+
+def transformer_config(args: argparse.Namespace) -> Any:
+    """The decoder's `AnyExpertsConfig` from Megatron's arguments."""
+    from megatron.training.argument_utils import core_transformer_config_from_args
+
+    from megatron_anyexperts.config import AnyExpertsConfig
+
+    return core_transformer_config_from_args(args, config_class=AnyExpertsConfig)
+
+
+def model_provider(
+    pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, pg_collection: Any = None, **_: Any
+) -> torch.nn.Module:
+    """Megatron's model provider: one pipeline stage of the multimodal model."""
+    from megatron.training import get_args
+
+    from megatron_anyexperts.models.build import build_model
+
+    args = get_args()
+    return build_model(args, transformer_config(args), pre_process, post_process, vp_stage, pg_collection)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Set what this project requires of Megatron's flags, and refuse what cannot work, before any rank waits.
+
+    Raises:
+        UsageError: the way out is in the message.
+    """
+    from megatron_anyexperts.data.config import DataConfig
+    from megatron_anyexperts.data.elastic import check_global_batch, streams_per_rank
+    from megatron_anyexperts.media import MediaShape
+
+    # Packed rows hold different numbers of targets; only a loss per token is independent of how they are spread.
+    args.calculate_per_token_loss = True
+    args.dataloader_type = "external"
+    if args.use_distributed_optimizer:
+        # The other format cannot change expert or pipeline parallelism on resume.
+        args.dist_ckpt_optim_fully_reshardable = True
+    if args.async_save and not torch.cuda.is_available():
+        raise UsageError("--async-save: Megatron's writer process dies without CUDA; save synchronously on CPU")
+    if args.num_experts is None:
+        raise UsageError("--num-experts is not set; this is a mixture-of-experts trainer")
+    for path in (*(args.data_path or ()), args.tokenizer_model):
+        if path and "://" not in path and not Path(path).exists():
+            raise UsageError(f"{path} does not exist; build shards and tokenizer with data_tools/build_shards.py")
+    transformer_config(args)
+    MediaShape.from_args(args)
+    DataConfig(**{field.name: getattr(args, field.name) for field in fields(DataConfig)})
+    streams_per_rank(args.data_streams, args.data_parallel_size)
+    check_global_batch(args.global_batch_size, args.micro_batch_size, args.data_streams)
+
+
+def pretrain(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> None:
+    """Parse the command line and train until done; every rank of the job calls this.
+
+    Args:
+        cli: words of the command line without the program's name.
+        defaults: flag defaults of the entry point.
+
+    Raises:
+        UsageError: the command line cannot be carried out.
+    """
+    cpu.bridge(training=True)
+    try:
+        args = parse(cli, defaults)
+        check(args)
+    except (ValueError, AssertionError) as error:
+        raise UsageError(str(error)) from error
+    run = Run(Path(args.run_dir)).create() if args.run_dir else None
+    first = args.rank == 0 and run is not None
+    if first:
+        heartbeats.clear(run)
+        restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        runlog.append_event(run, "start", world_size=args.world_size, restart=restart)
+    try:
+        _run_megatron(args, run)
+    except SystemExit as stop:
+        # Megatron leaves its loop this way after a signal, a time limit or an exit interval, having saved.
+        if first:
+            runlog.append_event(run, "exit", iteration=args.curr_iteration, code=stop.code)
+        raise
+    except Exception as error:
+        if first:
+            runlog.append_event(run, "crash", reason=f"{type(error).__name__}: {error}"[:500])
+        raise
+    if first:
+        runlog.append_event(run, "finished", iteration=args.train_iters)
+
+
+def _run_megatron(args: argparse.Namespace, run: Run | None) -> None:
+    from megatron.core.enums import ModelType
+    from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
+    from megatron.training import training
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_anyexperts.training import upstream
+    from megatron_anyexperts.training.checkpoints import Checkpoints
+    from megatron_anyexperts.training.data import DataProvider
+    from megatron_anyexperts.training.forward_step import ForwardStep
+    from megatron_anyexperts.training.metrics import TrainingMetrics
+    from megatron_anyexperts.training.step_stats import StepStats
+
+    upstream.install()
+    heartbeat = heartbeats.start_heartbeat(run, args.rank) if run else None
+    checkpoints = Checkpoints(run, args.keep_last_checkpoints, args.keep_every_checkpoint)
+    checkpoints.install()
+    stats = StepStats()
+    set_moe_metrics_tracker(TrainingMetrics(stats, run, heartbeat))
+    training.pretrain(
+        pretrain_cfg_container_from_args(args),
+        DataProvider(checkpoints, stats),
+        ModelType.encoder_or_decoder,
+        ForwardStep(stats),
+        model_provider=model_provider,
+    )
+
+
+def main(cli: list[str] | None = None) -> int:
+    """Entry point of one rank; returns the exit code: 0 done, 2 wrong usage, 1 a failure that is explained."""
+    from megatron_anyexperts.data.faults import DataFeedError
+    from megatron_anyexperts.training.checkpoints import CheckpointError
+
+    try:
+        pretrain(sys.argv[1:] if cli is None else cli)
+    except UsageError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (CheckpointError, DataFeedError, NoUsableCheckpoint) as error:
+        print(f"error (rank {os.environ.get('RANK', '0')}): {error}", file=sys.stderr)
+        return 1
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0

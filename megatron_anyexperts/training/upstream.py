@@ -1,0 +1,96 @@
+"""Repairs of Megatron-Core 0.19.2 that a correct checkpoint depends on, on CPU and on GPU alike.
+
+Each repair wraps one upstream method and says what goes wrong without it. `tests/unit/training/test_upstream.py` shows
+each fault in the installed release, so that a repair which is no longer needed is noticed.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+def expand_to_padded_offsets(
+    compact: torch.Tensor, offsets: list[int], numels_unpadded: list[int], numel: int
+) -> torch.Tensor:
+    """Put the padding between buckets back into a flat optimizer state.
+
+    Args:
+        compact: [sum(numels_unpadded)] states of all buckets without the padding at each bucket's end.
+        offsets: start of each bucket in the padded buffer, in elements.
+        numels_unpadded: elements of each bucket without its padding.
+        numel: elements of the padded buffer.
+
+    Returns:
+        [numel] state at the offsets by which parameters are looked up; padding is zero.
+    """
+    padded = compact.new_zeros(numel)
+    start = 0
+    for offset, size in zip(offsets, numels_unpadded, strict=True):
+        padded[offset : offset + size] = compact[start : start + size]
+        start += size
+    return padded
+
+
+def _with_padding(get_parameter_state):
+    """Return gathered states in padded layout; see `install`."""
+
+    @functools.wraps(get_parameter_state)
+    def wrapper(self, *args, **kwargs):
+        state = get_parameter_state(self, *args, **kwargs)
+        for index, buffer in enumerate(self.buffers):
+            for tensors in (state or {}).get(index, {}).values():
+                for key, value in tensors.items():
+                    if isinstance(value, torch.Tensor):
+                        tensors[key] = expand_to_padded_offsets(
+                            value,
+                            [bucket.offset for bucket in buffer.buckets],
+                            [bucket.numel_unpadded for bucket in buffer.buckets],
+                            buffer.numel,
+                        )
+        return state
+
+    return wrapper
+
+
+def _padded_while_sharding(sharded_param_state):
+    @functools.wraps(sharded_param_state)
+    def wrapper(self, *args, **kwargs):
+        # Only this caller slices with padded offsets; the legacy formats want the compact state.
+        self.get_parameter_state_dp_zero = functools.partial(
+            _with_padding(type(self).get_parameter_state_dp_zero), self
+        )
+        try:
+            return sharded_param_state(self, *args, **kwargs)
+        finally:
+            del self.get_parameter_state_dp_zero
+
+    return wrapper
+
+
+def _with_state_before_load(sharded_state_dict):
+    @functools.wraps(sharded_state_dict)
+    def wrapper(self, model_sharded_state_dict, is_loading=False, *args, **kwargs):
+        if is_loading and not self.optimizer.state and isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            self._init_optimizer_states_with_dummy_values()
+        return sharded_state_dict(self, model_sharded_state_dict, is_loading, *args, **kwargs)
+
+    return wrapper
+
+
+def install() -> None:
+    """Wrap the upstream methods; repeated calls are harmless.
+
+    - ``fully_reshardable`` saves slice states that lack the padding between buckets with offsets that count it: every
+      parameter after a padded bucket is stored shifted, fp32 master weights included (upstream pull request 5077).
+    - Loading with torch's Adam fails on an assertion, because its step counters exist only after the first step.
+    """
+    if getattr(DistributedOptimizer, "_anyexperts_repaired", False):
+        return
+    DistributedOptimizer.sharded_param_state_fully_reshardable = _padded_while_sharding(
+        DistributedOptimizer.sharded_param_state_fully_reshardable
+    )
+    DistributedOptimizer.sharded_state_dict = _with_state_before_load(DistributedOptimizer.sharded_state_dict)
+    DistributedOptimizer._anyexperts_repaired = True

@@ -1,0 +1,13 @@
+"""Pretrain a multimodal mixture-of-experts model.
+
+One process per device, started by torchrun or srun:
+
+    torchrun --nproc-per-node 2 pretrain/pretrain_multimodal.py --config pretrain/configs/demo.yaml [any Megatron flag]
+"""
+
+import sys
+
+from megatron_anyexperts.training.pretrain import main
+
+if __name__ == "__main__":
+    sys.exit(main())
