@@ -1,0 +1,1 @@
+"""Shards in, microbatches out: cooking, encoding, packing and the elastic loader."""

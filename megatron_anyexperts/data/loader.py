@@ -1,0 +1,256 @@
+"""The training loader of one data-parallel rank: endless microbatches, and state that any layout can resume."""
+
+import atexit
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader, load_dataset
+from megatron.energon.task_encoder.base import TaskEncoder
+
+from megatron_anyexperts.data import elastic, shard_reader
+from megatron_anyexperts.data.config import DataConfig
+from megatron_anyexperts.data.encode import DocumentEncoder
+from megatron_anyexperts.data.faults import DataFeedError, ErrorBudgetExceeded, FaultLedger
+from megatron_anyexperts.data.task_encoder import FeedTaskEncoder
+from megatron_anyexperts.data.vocabulary import Vocabulary
+from megatron_anyexperts.media import MediaShape
+
+_CHECKPOINT_SECONDS = 10.0  # a resumed stream repeats at most this much work
+
+
+class MicrobatchLoader:
+    """Iterator over the microbatches of one data-parallel rank (see `packing.collate` for their content).
+
+    Args:
+        blend: Energon dataset or metadataset file with a ``train`` split; may be an ``msc://`` address.
+        config: feed settings.
+        shape: media geometry.
+        tokenizer: Hugging Face tokenizer directory.
+        seq_length: positions of a row.
+        micro_batch_size: rows of a microbatch.
+        dp_rank, dp_size: place in the data-parallel group; all ranks of one model replica pass the same.
+        seed: of the sample order.
+        endless: False stops after one pass over the data (each rank at its own count); then the blend must not
+            use weights.
+
+    Raises:
+        FileNotFoundError: blend or tokenizer are missing.
+        ValueError: `dp_size` does not divide the streams, or media limits exceed the row.
+    """
+
+    def __init__(
+        self,
+        blend: str | Path,
+        config: DataConfig,
+        shape: MediaShape,
+        tokenizer: str | Path,
+        seq_length: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        seed: int,
+        endless: bool = True,
+    ) -> None:
+        self._streams = elastic.streams_per_rank(config.data_streams, dp_size)
+        self._micro_batch_size, self._dp_rank, self._dp_size = micro_batch_size, dp_rank, dp_size
+        self.ledger = FaultLedger(config.data_error_budget, config.data_error_rate)
+        vocabulary = Vocabulary(tokenizer)
+        task_encoder = FeedTaskEncoder(DocumentEncoder(config, shape, vocabulary, seq_length), self.ledger)
+        workers = WorkerConfig(
+            rank=dp_rank,
+            world_size=dp_size,
+            num_workers=self._streams,
+            seed_offset=seed,
+            global_error_handler=self.ledger.handle,
+        )
+        datasets = open_blend(blend, "train", config, workers)
+        self.fingerprint = {
+            **config.order_fields(),
+            "seq_length": seq_length,
+            "micro_batch_size": micro_batch_size,
+            "seed": seed,
+            "media": repr(shape),
+            "tokenizer": hashlib.sha256(vocabulary.fingerprint_bytes).hexdigest()[:16],
+            "datasets": _describe(datasets.datasets),
+        }
+        self._loader = self._build(task_encoder, datasets, workers, config, endless)
+        self._iterator: Iterator[dict[str, Any]] | None = None
+        self._emitted = 0
+        self._rounds_before = 0
+        self._restored: elastic.RankState | None = None
+        self._failed = False
+
+    def _build(
+        self, task_encoder: TaskEncoder, datasets: Any, workers: WorkerConfig, config: DataConfig, endless: bool
+    ) -> SavableDataLoader:
+        dataset = task_encoder.build_train_datasets(
+            datasets=datasets.datasets,
+            worker_config=workers,
+            batch_size=self._micro_batch_size,
+            batch_drop_last=False,
+            packing_buffer_size=config.data_packing_buffer,
+            shuffle_buffer_size=config.data_shuffle_buffer or None,
+            blend_mode=datasets.blend_mode,
+            repeat=endless,
+        )
+        shard_reader.install(dataset, config.data_storage_retries, config.data_storage_backoff)
+        loader = get_savable_loader(
+            dataset,
+            checkpoint_every_sec=_CHECKPOINT_SECONDS,
+            watchdog_timeout_seconds=config.data_watchdog_seconds,
+            fail_on_timeout=True,
+        )
+        if not loader.can_restore_sample():
+            raise DataFeedError("a stage of the task encoder is not @stateless: the state could be saved, not restored")
+        self._worker_init = loader.worker_init_fn = _WorkerInit(loader.worker_init_fn)
+        return loader
+
+    def __iter__(self) -> "MicrobatchLoader":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        """The next microbatch.
+
+        Raises:
+            ErrorBudgetExceeded: too many samples were lost.
+            DataFeedError: a worker process died, hung or raised.
+        """
+        if self._failed:
+            raise DataFeedError("the data feed has failed before or was closed; restart the job from its checkpoint")
+        try:
+            if self._iterator is None:
+                self._iterator = iter(self._loader)
+            microbatch = next(self._iterator)
+        except StopIteration:
+            raise
+        except ErrorBudgetExceeded as error:
+            self._failed = True
+            raise ErrorBudgetExceeded(str(error).strip().splitlines()[-1]) from error
+        except Exception as error:
+            self._failed = True
+            raise DataFeedError(
+                f"a data worker of dp_rank={self._dp_rank} failed: {str(error).strip().splitlines()[-1]}; "
+                "restart the job from its checkpoint"
+            ) from error
+        self._emitted += 1
+        return microbatch
+
+    def save_state(self) -> elastic.RankState:
+        """State of this rank's streams, between training steps.
+
+        Raises:
+            DataFeedError: the feed has failed; Energon would wait for the dead worker for ever.
+            ValueError: the rank is in the middle of a round.
+        """
+        if self._failed:
+            raise DataFeedError("a failed data feed has no state to save; restart from the last checkpoint")
+        if self._emitted == 0:
+            return self._restored or elastic.RankState(0, None)
+        if self._emitted % self._streams:
+            raise ValueError(
+                f"{self._emitted} microbatches are not whole rounds of this rank's {self._streams} streams; save "
+                "between training steps, with a global batch that is a multiple of micro_batch_size x data_streams"
+            )
+        return elastic.split_state(self._loader.save_state_rank(), self._rounds_before + self._emitted // self._streams)
+
+    def state_for_checkpoint(self, group: torch.distributed.ProcessGroup | None = None) -> dict[str, Any]:
+        """State of all streams, the same on every rank and for every layout; a collective over the data-parallel group.
+
+        Args:
+            group: the data-parallel group, in which this process has rank `dp_rank`; not needed for one rank.
+
+        Returns:
+            Plain values and uint8 tensors, see `elastic.merge_states`.
+        """
+        own = self.save_state()
+        states = [own] * self._dp_size
+        if self._dp_size > 1:
+            torch.distributed.all_gather_object(states, own, group=group)
+        return elastic.merge_states(states, self.fingerprint, self._micro_batch_size)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where `state_for_checkpoint` was called, in whatever layout that was; call before the first batch.
+
+        Raises:
+            ValueError: the settings differ from those saved, or the streams cannot be divided.
+            DataFeedError: microbatches were already drawn.
+        """
+        if self._iterator is not None:
+            raise DataFeedError("restore the data state before the first microbatch is drawn")
+        mine = elastic.rank_state(state, self.fingerprint, self._dp_rank, self._dp_size)
+        self._restored = elastic.split_state(mine, state["rounds"])
+        self._rounds_before = state["rounds"]
+        self._loader.restore_state_rank(mine)
+
+    def close(self) -> None:
+        """Stop the worker processes; the loader gives nothing afterwards."""
+        self._worker_init.stop()
+        atexit.unregister(self._worker_init.stop)
+        self._failed = True
+        if (torch_iterator := self._loader._iterator) is not None:
+            torch_iterator._shutdown_workers()
+
+
+def open_blend(blend: str | Path, split: str, config: DataConfig, workers: WorkerConfig) -> Any:
+    """Energon's loaded datasets of one split of a blend.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+    """
+    if "://" not in str(blend) and not Path(blend).exists():
+        raise FileNotFoundError(f"data blend {blend} does not exist; build it with data_tools/build_shards.py")
+    training = split == "train"
+    options = {"max_samples_per_sequence": config.data_run_length, "shuffle_over_epochs_multiplier": 1}
+    datasets = load_dataset(str(blend)).get_datasets(
+        training=training,
+        split_part=split,
+        worker_config=workers,
+        decoder=None,
+        **(options | {"parallel_shard_iters": config.data_open_shards} if training else {}),
+    )
+    return datasets
+
+
+def _describe(datasets: list) -> str:
+    """What the blend consists of, independent of where it lies."""
+    content = [
+        [entry.weight, entry.repetitions, entry.dataset.subflavors]
+        + [[shard.name, shard.count] for shard in entry.dataset.shards]
+        for entry in datasets
+    ]
+    samples = sum(len(entry.dataset) for entry in datasets)
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{len(datasets)} datasets, {samples} samples, content {digest}"
+
+
+class _WorkerInit:
+    """Prepares a forked worker process, then runs Energon's own initialisation.
+
+    Schedulers signal the whole process group. The main process answers SIGTERM by saving a checkpoint, for which it
+    needs living workers: they heed the signal only once the main process is `stopping`.
+    """
+
+    def __init__(self, inner: Callable[[int], None]) -> None:
+        self._inner = inner
+        self._stopping = multiprocessing.get_context("fork").Value("b", 0, lock=False)
+        # Registered after multiprocessing's own exit function, hence run before it sends SIGTERM and waits.
+        atexit.register(self.stop)
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self._inner(worker)
+
+    def stop(self) -> None:
+        self._stopping.value = 1
+
+    def _on_sigterm(self, _signal: int, _frame: Any) -> None:
+        if self._stopping.value:
+            os._exit(0)
