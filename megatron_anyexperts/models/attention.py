@@ -68,16 +68,16 @@ class SDPACoreAttention(torch.nn.Module):
             key, value: [Sk, B, groups, D]; `groups` divides `heads`.
             attention_mask: bool, broadcastable to [B, heads, Sq, Sk], true where attention is forbidden. It replaces
                 the causal mask, so it has to contain it. A row without any allowed key has no defined result.
-            attn_mask_type: overrides the mask type given at construction.
+            attn_mask_type: not used; Megatron passes `no_mask` for queries behind a cache, on the assumption that there
+                is only one, whereas the type given at construction is right for any number.
 
         Returns:
             [Sq, B, heads * D].
         """
         if packed_seq_params is not None or attention_bias is not None:
             raise ValueError("packed sequences and attention biases need Transformer Engine's attention")
-        mask_type = attn_mask_type or self.attn_mask_type
         queries, keys = query.size(0), key.size(0)
-        is_causal = attention_mask is None and mask_type == AttnMaskType.causal and queries > 1
+        is_causal = attention_mask is None and self.attn_mask_type == AttnMaskType.causal and queries > 1
         allowed = None if attention_mask is None else ~attention_mask
         if is_causal and queries != keys:
             # The queries are the last ones of a sequence whose earlier keys are cached.

@@ -45,7 +45,7 @@ def encoder_config(
     inherited = {
         field.name: getattr(decoder, field.name)
         for field in fields(TransformerConfig)
-        if field.name in _INHERITED or field.name.startswith("fp8")
+        if field.name in _INHERITED or field.name.startswith(("fp8", "tp_only_amax"))
     }
     if decoder.recompute_granularity == "selective":
         inherited |= {"recompute_granularity": None}

@@ -179,8 +179,9 @@ class MultimodalModel(MegatronModule):
     ) -> Tensor:
         """Replace the embeddings of one kind of placeholder by the encoder's features.
 
-        Without any input a trainable encoder still runs, on its smallest one, and adds zero: every parameter then has a
-        gradient in every microbatch, which overlapped gradient reduction waits for.
+        Without any input an encoder still runs in training, on its smallest one, and adds zero: overlapped gradient
+        reduction waits for a gradient of every parameter in every microbatch, and delayed FP8 scaling for the same
+        number of reductions on every rank.
         """
         is_placeholder_BS = None
         placeholders = 0
@@ -191,7 +192,7 @@ class MultimodalModel(MegatronModule):
             _require_equal(name, placeholders, 0)
             if encoder is None or not torch.is_grad_enabled():
                 return embeddings_SBH
-            if not any(parameter.requires_grad for parameter in encoder.parameters()):
+            if not (encoder.config.fp8 or any(parameter.requires_grad for parameter in encoder.parameters())):
                 return embeddings_SBH
             nothing = encoder(*encoder.smallest_input(embeddings_SBH.device)).sum() * 0
             return embeddings_SBH + nothing.to(embeddings_SBH.dtype)
