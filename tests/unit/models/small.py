@@ -11,6 +11,11 @@ HIDDEN = 32
 VOCABULARY = 64
 
 
+STOCK = {"anyexperts_stock_moe": True}
+DYNAMIC = {"anyexperts_k_min": 1, "anyexperts_k_max": 3, "anyexperts_rho_max": 0.4, "anyexperts_alpha": 0.2}
+"""Routing as in Megatron, and with importance, dynamic slots and virtual experts."""
+
+
 def small_config(pattern: str = "*-*-", **changes) -> AnyExpertsConfig:
     """Decoder configuration for the given pattern; mixture settings as far as the pattern has mixture layers."""
     settings = {

@@ -5,7 +5,7 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
 
-from tests.unit.models.small import media_batch
+from tests.unit.models.small import DYNAMIC, STOCK, media_batch
 
 
 def part(batch, positions):
@@ -13,11 +13,12 @@ def part(batch, positions):
 
 
 @pytest.mark.parametrize("steps", [[9, 1, 1, 1], [9, 3]])
-@pytest.mark.parametrize("settings", [{}, {"mtp_num_layers": 1}])
+@pytest.mark.parametrize("routing", [STOCK, DYNAMIC])
+@pytest.mark.parametrize("mtp_layers", [0, 1])
 @torch.no_grad()
-def test_prefill_and_steps_agree_with_one_pass(make_model, steps, settings):
-    pattern = "*-*E" + "/*E" * len(settings)
-    model = make_model({"hybrid_layer_pattern": pattern}, qk_layernorm=True, anyexperts_stock_moe=True, **settings)
+def test_prefill_and_steps_agree_with_one_pass(make_model, steps, routing, mtp_layers):
+    settings = routing | {"qk_layernorm": True, "mtp_num_layers": mtp_layers or None}
+    model = make_model({"hybrid_layer_pattern": "*-*E" + "/*E" * mtp_layers}, **settings)
     model.eval()
     batch = media_batch()
     media = {key: value for key, value in batch.items() if key.startswith(("image", "audio"))}

@@ -4,7 +4,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_anyexperts.models.build import part_of
 from megatron_anyexperts.models.multimodal import within_documents
-from tests.unit.models.small import VOCABULARY, media_batch, text_batch
+from tests.unit.models.small import DYNAMIC, STOCK, VOCABULARY, media_batch, text_batch
 
 
 def logits_without_labels(batch):
@@ -19,9 +19,9 @@ def test_losses_and_logits_have_their_shapes(make_model):
     assert model(**logits_without_labels(media_batch())).shape == (1, 12, VOCABULARY)
 
 
-@pytest.mark.parametrize("pattern", ["*-*-", "*E*E"])
-def test_packed_documents_lose_what_they_lose_alone(make_model, pattern):
-    model = make_model({"hybrid_layer_pattern": pattern}, anyexperts_stock_moe=True)
+@pytest.mark.parametrize(("pattern", "routing"), [("*-*-", {}), ("*E*E", STOCK), ("*E*E", DYNAMIC)])
+def test_packed_documents_lose_what_they_lose_alone(make_model, pattern, routing):
+    model = make_model({"hybrid_layer_pattern": pattern}, **routing)
     batch = text_batch([7, 5], padding=3)
     packed = model(**batch)
     for part in (slice(0, 7), slice(7, 12)):
@@ -56,8 +56,9 @@ def test_features_land_on_their_placeholders_in_order(make_model):
     assert seen["padding_mask"].tolist() == [[False] * 10 + [True] * 2]
 
 
-def test_gradients_reach_every_parameter(make_model):
-    model = make_model({"hybrid_layer_pattern": "*-*E"}, anyexperts_stock_moe=True)
+@pytest.mark.parametrize("routing", [STOCK, DYNAMIC])
+def test_gradients_reach_every_parameter(make_model, routing):
+    model = make_model({"hybrid_layer_pattern": "*-*E"}, **routing)
     model(**media_batch()).mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -106,23 +107,23 @@ def test_bf16_model_trains(make_model):
 def test_recomputation_does_not_change_gradients(make_model):
     gradients = []
     for settings in ({}, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}):
-        model = make_model(**settings)
+        model = make_model({"hybrid_layer_pattern": "*-*E"}, **DYNAMIC, **settings)
         model(**media_batch()).mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-FROZEN = ["vision_encoder", "vision_projector", "audio_encoder", "audio_projector", "decoder"]
+FROZEN = ["vision_encoder", "vision_projector", "audio_encoder", "audio_projector", "decoder", "importance"]
 
 
 @pytest.mark.parametrize("part", FROZEN)
 def test_freezing_stops_exactly_one_part(make_model, part):
-    model = make_model({f"freeze_{part}": True})
+    model = make_model({f"freeze_{part}": True, "hybrid_layer_pattern": "*-*E"}, **DYNAMIC)
     frozen = {part_of(name) for name, p in model.named_parameters() if not p.requires_grad}
     trained = {part_of(name) for name, p in model.named_parameters() if p.requires_grad}
     assert frozen == {part}
-    assert part not in trained
-    model(**media_batch()).mean().backward() if trained else None
+    assert trained == set(FROZEN) - {part}
+    model(**media_batch()).mean().backward()
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
