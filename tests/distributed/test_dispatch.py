@@ -6,7 +6,6 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from tests.distributed.dispatch_cases import (
-    HIDDEN,
     config,
     dense,
     expert_weights,
