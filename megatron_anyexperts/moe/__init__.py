@@ -1,0 +1,1 @@
+"""Dynamic expert slots: router, virtual experts, dispatch and their controllers. Knows only torch and Megatron-Core."""

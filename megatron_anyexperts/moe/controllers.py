@@ -1,0 +1,177 @@
+"""Feedback once per optimizer step: slot offset, virtual bias and expert bias follow globally reduced counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core import rerun_state_machine
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads as stock_finalize_model_grads
+from megatron.core.rerun_state_machine import RerunState
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron_anyexperts.config import AnyExpertsConfig
+
+# The offset is added to importance, which lies in (0, 1): beyond +-1 nothing changes any more.
+OFFSET_LIMIT = 1.0
+# exp(12) = 160 thousand to 1: beyond that a virtual column always or never wins.
+VIRTUAL_BIAS_LIMIT = 12.0
+# With fewer movable tokens than this share, the offset steps as if there were this many.
+LEAST_MOVABLE = 0.1
+
+
+def next_offset(
+    offset: Tensor, tokens: Tensor, slots: Tensor, movable: Tensor, target: float, span: int, rate: float
+) -> Tensor:
+    """Return the slot offset after one step: a damped Newton step toward `target` mean slots.
+
+    Moving the offset by d moves the mean by d * span * (share of tokens between k_min and k_max): that share is the
+    slope, so the step is `rate` times the deviation over it.
+
+    Args:
+        offset: fp32, any shape; `tokens`, `slots`, `movable` have the same shape and hold the step's counts.
+        movable: tokens whose continuous slot count is strictly inside the range.
+        span: k_max - k_min.
+    """
+    count = tokens.clamp(min=1)
+    slope = span * (movable / count).clamp(min=LEAST_MOVABLE)
+    step = rate * (target - slots / count) / slope
+    moved = (offset + step.clamp(-0.25, 0.25)).clamp(-OFFSET_LIMIT, OFFSET_LIMIT)
+    return torch.where(tokens > 0, moved, offset).to(offset.dtype)
+
+
+def next_virtual_bias(bias: Tensor, tokens: Tensor, real: Tensor, target: float, rate: float) -> Tensor:
+    """Return the bias of the virtual columns after one step: up by `rate` per real slot above `target`.
+
+    Args:
+        bias: fp32 in logits, any shape; `tokens` and `real` (real slots) have the same shape.
+    """
+    step = (rate * (real / tokens.clamp(min=1) - target)).clamp(-1, 1)
+    moved = (bias + step).clamp(-VIRTUAL_BIAS_LIMIT, VIRTUAL_BIAS_LIMIT)
+    return torch.where(tokens > 0, moved, bias).to(bias.dtype)
+
+
+class RouterControl(torch.nn.Module):
+    """State and counters of one router's controllers; no parameters.
+
+    Attributes:
+        slot_offset: fp32 [1], persistent; added to importance.
+        virtual_bias: fp32 [1], persistent; added to the virtual columns' logits for selection only.
+        counts: int64 [4], this step's local tokens, slots, real slots and movable tokens; padding excluded.
+    """
+
+    def __init__(self, config: AnyExpertsConfig):
+        super().__init__()
+        self.config = config
+        device = torch.cuda.current_device()
+        self.register_buffer("slot_offset", torch.zeros(1, dtype=torch.float32, device=device))
+        self.register_buffer("virtual_bias", torch.zeros(1, dtype=torch.float32, device=device))
+        self.register_buffer("counts", torch.zeros(4, dtype=torch.int64, device=device), persistent=False)
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def _apply(self, fn, recurse=True):
+        def keep_fp32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_fp32, recurse)
+
+    @torch.no_grad()
+    def count(self, importance_T: Tensor, slots_T: Tensor, real_used_TK: Tensor, padding_T: Tensor | None) -> None:
+        """Add one microbatch of local tokens."""
+        if self.config.anyexperts_target_slots is None and self.config.anyexperts_target_real is None:
+            return
+        level_T = importance_T + self.slot_offset
+        movable_T = (level_T > 0) & (level_T < 1)
+        rows_4T = torch.stack((torch.ones_like(slots_T), slots_T, real_used_TK.sum(1), movable_T.long()))
+        if padding_T is not None:
+            rows_4T = rows_4T * ~padding_T
+        self.counts += rows_4T.sum(1)
+
+    def remember(self, expert_bias: Tensor | None) -> None:
+        """Keep the state before an update, in case the rerun machine repeats the step."""
+        state = [self.slot_offset, self.virtual_bias] + ([] if expert_bias is None else [expert_bias])
+        self._before = [(tensor, tensor.clone()) for tensor in state]
+
+    def undo_if_rerunning(self) -> None:
+        """Take the last update back while the rerun machine repeats its step: a repeat must see the same state."""
+        machine = rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE
+        repeats = (RerunState.RERUNNING_IN_PLACE, RerunState.WILL_RERUN_FROM_CHECKPOINT)
+        if self._before and machine is not None and machine.state in repeats:
+            for tensor, before in self._before:
+                tensor.copy_(before)
+            self._before = []
+
+    def _save_to_state_dict(self, *args, **kwargs):
+        self.undo_if_rerunning()
+        super()._save_to_state_dict(*args, **kwargs)
+
+
+@torch.no_grad()
+def update_controllers(model: list[torch.nn.Module]) -> None:
+    """Move every training router's slot offset and virtual bias by this step's counts, then clear the counts.
+
+    One all-reduce over the tensor, data and context parallel ranks for all layers of the pipeline stage, so the state
+    stays one per layer and equal on all ranks.
+
+    Args:
+        model: model chunks of this rank.
+    """
+    routers = _routers(model)
+    if not routers:
+        return
+    config = routers[0].config
+    if config.anyexperts_target_slots is None and config.anyexperts_target_real is None:
+        return
+    counts_4L = torch.stack([router.control.counts for router in routers], dim=1)
+    torch.distributed.all_reduce(counts_4L, group=routers[0].tp_dp_cp_group)
+    tokens_L, slots_L, real_L, movable_L = counts_4L.double()
+    span = config.anyexperts_k_max - config.anyexperts_k_min
+    if config.anyexperts_target_slots is not None and span:
+        offset_L = torch.cat([router.control.slot_offset for router in routers])
+        moved_L = next_offset(
+            offset_L, tokens_L, slots_L, movable_L, config.anyexperts_target_slots, span, config.anyexperts_slot_rate
+        )
+        for router, value in zip(routers, moved_L, strict=True):
+            router.control.slot_offset.fill_(value)
+    if config.anyexperts_target_real is not None:
+        bias_L = torch.cat([router.control.virtual_bias for router in routers])
+        moved_L = next_virtual_bias(
+            bias_L, tokens_L, real_L, config.anyexperts_target_real, config.anyexperts_virtual_bias_rate
+        )
+        for router, value in zip(routers, moved_L, strict=True):
+            router.control.virtual_bias.fill_(value)
+    for router in routers:
+        router.control.counts.zero_()
+
+
+def _routers(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    modules = (module for chunk in model for module in get_attr_wrapped_model(chunk, "modules")())
+    return [
+        module for module in modules if isinstance(getattr(module, "control", None), RouterControl) and module.training
+    ]
+
+
+def finalize_model_grads(model, num_tokens=None, pg_collection=None, force_all_reduce=False) -> None:
+    """Megatron's gradient finalisation, then the controllers; installed by `AnyExpertsConfig`.
+
+    Runs before the optimizer, hence also when it then skips the step (the counts are as valid), and again when the
+    rerun machine repeats the step (routers then undo the first update before they route).
+    """
+    routers = _routers(model)
+    for router in routers:
+        router.control.remember(router.expert_bias)
+    stock_finalize_model_grads(model, num_tokens, pg_collection, force_all_reduce)
+    for router in routers:
+        if _zero_mean(router):
+            router.expert_bias -= router.expert_bias.mean()
+    update_controllers(model)
+
+
+def _zero_mean(router) -> bool:
+    if router.expert_bias is None or router.frozen_expert_bias:
+        return False
+    kind = router.config.anyexperts_expert_bias_update
+    return kind == "zero_mean" or (kind == "auto" and bool(router.config.anyexperts_virtual_experts))

@@ -1,0 +1,28 @@
+"""What the router hands to the dispatcher and to the layer."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoutingDecision:
+    """Where the slots of T local tokens go among E real experts.
+
+    Attributes:
+        gates_TE: router dtype; combine weight of each real slot, 0 elsewhere; differentiable.
+        routing_map_TE: bool; real slots.
+        virtual_gate_T: router dtype; summed gates of the token's virtual slots; differentiable. None without virtual
+            experts.
+        importance_T: fp32 in (0, 1), detached.
+        slots_T: int64; real and virtual slots of the token.
+        fallback_gates_TE: gates that eligible real experts without a slot would get, 0 elsewhere; differentiable.
+            None when the dispatch cap is off.
+    """
+
+    gates_TE: Tensor
+    routing_map_TE: Tensor
+    virtual_gate_T: Tensor | None
+    importance_T: Tensor
+    slots_T: Tensor
+    fallback_gates_TE: Tensor | None

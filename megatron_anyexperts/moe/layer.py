@@ -1,0 +1,120 @@
+"""The mixture-of-experts layer with importance, dynamic slots and virtual experts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules, te_checkpoint
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.typed_torch import apply_module
+from torch import Tensor
+
+from megatron_anyexperts.moe.dispatcher import SlotDispatcher
+from megatron_anyexperts.moe.importance import Importance
+from megatron_anyexperts.moe.metrics import local_positions, observe
+from megatron_anyexperts.moe.virtual import VirtualExpert
+
+if TYPE_CHECKING:
+    from megatron_anyexperts.config import AnyExpertsConfig
+
+
+class AnyExpertsMoELayer(MoELayer):
+    """Megatron's MoE layer with another way to the experts; experts and shared experts stay Megatron's.
+
+    Shapes: S sequence, B batch, H hidden, T = S * B local tokens, N slots that arrive here.
+
+    Stages:
+        1. Importance w [T] of the input [S, B, H]; fusion h' = h + alpha * w * h.
+        2. Shared experts of h'.
+        3. Route: h', w -> `RoutingDecision`.
+        4. Dispatch [T, H] -> experts [N, H] -> combine [T, H].
+        5. Add virtual slots: their gates, and those the dispatch cap displaced, times Virtual(h').
+    """
+
+    config: AnyExpertsConfig
+
+    def __init__(
+        self,
+        config: AnyExpertsConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+    ):
+        pg_collection = pg_collection or get_default_pg_collection()
+        super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        self.token_dispatcher = None
+        self.dispatcher = SlotDispatcher(config, self.num_local_experts, self.local_expert_indices, pg_collection)
+        self.importance = Importance(config) if config.anyexperts_needs_importance else None
+        has_virtual = bool(config.anyexperts_virtual_experts) or config.anyexperts_dispatch_eps is not None
+        self.virtual = VirtualExpert(config) if has_virtual else None
+        # Megatron marks expert parameters as dense at EP = 1: then optimizer states of EP = 1 and EP > 1 differ in
+        # structure, and a checkpoint of one does not load into the other (Megatron-Core 0.19).
+        for parameter in self.experts.parameters():
+            parameter.allreduce = False
+
+    def forward(
+        self, hidden_states: Tensor, intermediate_tensors=None, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """Apply the layer.
+
+        Args:
+            hidden_states: [S, B, H], a sequence shard under sequence parallelism.
+            intermediate_tensors: must be None; Megatron passes it to run single stages.
+            padding_mask: bool [B, S], True for padding.
+
+        Returns:
+            [S, B, H] and None, for the bias that experts of this layer do not have.
+        """
+        if intermediate_tensors is not None:
+            raise ValueError("the stages of a dynamic-slot layer cannot run one by one; see AnyExpertsConfig")
+        if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
+            raise ValueError(
+                f"tensor_model_parallel_size={self.attn_tp_group.size()} without sequence_parallel would route every "
+                "token once per tensor rank; add --sequence-parallel"
+            )
+        if padding_mask is not None:
+            padding_mask = local_positions(padding_mask.bool(), hidden_states.shape[0], self.attn_tp_group.rank())
+        if not (self.moe_layer_recompute and self.training):
+            return self._forward(hidden_states, padding_mask), None
+        if self.config.fp8 or self.config.fp4:
+            tracker = tensor_parallel.random.get_cuda_rng_tracker
+            return te_checkpoint(self._forward, False, tracker, self.tp_group, hidden_states, padding_mask), None
+        return tensor_parallel.checkpoint(self._forward, False, hidden_states, padding_mask), None
+
+    def _forward(self, hidden_SBH: Tensor, padding_SB: Tensor | None) -> Tensor:
+        importance_T = None
+        if self.importance is not None:
+            importance_T = self.importance(hidden_SBH)
+            hidden_SBH = self.importance.fuse(hidden_SBH, importance_T)
+        shared_SBH = self.shared_experts_compute(hidden_SBH)
+        decision = self.router(hidden_SBH, padding_SB, importance_T)
+
+        hidden_TH = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
+        routed_TH = hidden_TH
+        if self.config.moe_latent_size:
+            routed_TH, _ = self.fc1_latent_proj(routed_TH)
+        dispatched = self.dispatcher.dispatch(routed_TH, decision)
+        expert_output, bias = apply_module(self.experts)(
+            dispatched.expert_input, dispatched.tokens_per_expert, dispatched.expert_probs
+        )
+        assert bias is None, "experts with a separate bias are not supported"
+        output_TH = self.dispatcher.combine(expert_output, dispatched)
+        if self.config.moe_latent_size:
+            output_TH, _ = self.fc2_latent_proj(output_TH)
+        gates = [gate for gate in (decision.virtual_gate_T, dispatched.displaced_gate_T) if gate is not None]
+        if gates:
+            output_TH = self.virtual(output_TH, hidden_TH, sum(gates))
+        observe(
+            self.layer_number,
+            decision,
+            dispatched.load,
+            hidden_SBH.shape[:2],
+            self.attn_tp_group.rank(),
+            self.training,
+        )
+        output_SBH = output_TH.view_as(hidden_SBH)
+        return output_SBH if shared_SBH is None else output_SBH + shared_SBH

@@ -1,0 +1,263 @@
+"""What routing does, per layer and per modality: accumulated in the layers, reduced once per step, logged by Megatron.
+
+`token_modality` says which kinds of tokens a forward pass holds; layers record only inside it. Recomputation in the
+backward pass runs outside, so nothing counts twice. `record_tokens` keeps single tokens, for pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_logging import (
+    MoEMetricsTracker,
+    get_moe_metrics_tracker,
+    set_moe_metrics_tracker,
+)
+from torch import Tensor
+
+from megatron_anyexperts.moe.summary import SUMS, console_line, scalars, summarise, write_histograms
+
+if TYPE_CHECKING:
+    from megatron_anyexperts.config import AnyExpertsConfig
+    from megatron_anyexperts.moe.decision import RoutingDecision
+    from megatron_anyexperts.moe.dispatcher import LoadReport
+
+MODALITIES = ("text", "image", "audio", "video")
+PADDING = -1
+
+
+@dataclass
+class TokenRecord:
+    """What one mixture layer decided for each token of one forward pass, on the CPU.
+
+    Attributes:
+        importance_SB: fp32.
+        slots_SB: int64, real and virtual slots.
+        real_SB: int64, real slots.
+    """
+
+    importance_SB: Tensor
+    slots_SB: Tensor
+    real_SB: Tensor
+
+
+@dataclass
+class _Observers:
+    kinds_BS: Tensor | None = None
+    tokens: dict[int, list[TokenRecord]] | None = field(default=None)
+
+
+_OBSERVERS = _Observers()
+
+
+@contextmanager
+def token_modality(kinds_BS: Tensor) -> Iterator[None]:
+    """Record the routing of the forward passes inside, split by modality.
+
+    Args:
+        kinds_BS: int8 [B, S] of this context-parallel rank; index into `MODALITIES`, -1 for padding.
+    """
+    before, _OBSERVERS.kinds_BS = _OBSERVERS.kinds_BS, kinds_BS
+    try:
+        yield
+    finally:
+        _OBSERVERS.kinds_BS = before
+
+
+@contextmanager
+def record_tokens() -> Iterator[dict[int, list[TokenRecord]]]:
+    """Keep importance and slots of every token of the forward passes inside.
+
+    Yields:
+        One list per layer number, 1-based, with one `TokenRecord` per forward pass: the local sequence shard under
+        sequence parallelism, the local stage's layers under pipeline parallelism.
+    """
+    before, _OBSERVERS.tokens = _OBSERVERS.tokens, {}
+    try:
+        yield _OBSERVERS.tokens
+    finally:
+        _OBSERVERS.tokens = before
+
+
+@torch.no_grad()
+def observe(
+    layer_number: int,
+    decision: RoutingDecision,
+    load: LoadReport,
+    shape: tuple[int, int],
+    tp_rank: int,
+    training: bool,
+) -> None:
+    """Record one layer's decision if anyone asked for it.
+
+    Args:
+        layer_number: 1-based.
+        decision: the router's decision on the local tokens.
+        load: the dispatcher's report.
+        shape: S, B of the local tokens.
+        tp_rank: which part of the sequence this rank holds when it holds a part.
+        training: which of the two tallies, training or evaluation, to add to.
+    """
+    if _OBSERVERS.tokens is not None:
+        record = TokenRecord(
+            decision.importance_T.view(shape).cpu(),
+            decision.slots_T.view(shape).cpu(),
+            decision.routing_map_TE.sum(1).view(shape).cpu(),
+        )
+        _OBSERVERS.tokens.setdefault(layer_number, []).append(record)
+    tracker = get_moe_metrics_tracker()
+    if _OBSERVERS.kinds_BS is not None and isinstance(tracker, RoutingTracker):
+        kinds_T = local_positions(_OBSERVERS.kinds_BS, shape[0], tp_rank).reshape(-1)
+        tracker.tallies["train" if training else "eval"].add(layer_number, kinds_T, decision, load)
+
+
+def local_positions(values_BS: Tensor, seq_length: int, tp_rank: int) -> Tensor:
+    """Return the [S, B] values of this rank's part of the sequence, of per-token values [B, S or S * tp]."""
+    values_SB = values_BS.transpose(0, 1)
+    if values_SB.shape[0] == seq_length:
+        return values_SB
+    return values_SB[tp_rank * seq_length : (tp_rank + 1) * seq_length]
+
+
+class Tally:
+    """Sums over microbatches for all layers of the model; layers of other pipeline stages stay 0.
+
+    Shapes: L layers, M modalities, F sums per modality (`SUMS`, then two histograms over 0..k_max), E experts.
+    """
+
+    def __init__(self, num_layers: int, k_max: int, num_experts: int, device: torch.device | int | str):
+        self.k_max = k_max
+        fields = len(SUMS) + 2 * (k_max + 1)
+        self.sums_LMF = torch.zeros(num_layers, len(MODALITIES), fields, dtype=torch.float64, device=device)
+        self.experts_LE = torch.zeros(num_layers, num_experts, dtype=torch.float64, device=device)
+        # observations, received max/mean, demanded max/mean, rerouted, displaced
+        self.load_L5 = torch.zeros(num_layers, 5, dtype=torch.float64, device=device)
+        self.peak_L = torch.zeros(num_layers, dtype=torch.float64, device=device)
+
+    def add(self, layer_number: int, kinds_T: Tensor, decision: RoutingDecision, load: LoadReport) -> None:
+        """Add one microbatch of one layer."""
+        layer = layer_number - 1
+        slots_T, importance_T = decision.slots_T, decision.importance_T
+        real_T = decision.routing_map_TE.sum(1)
+        bins = torch.arange(self.k_max + 1, device=slots_T.device)
+        features_TF = torch.cat(
+            (
+                torch.stack(
+                    (torch.ones_like(importance_T), slots_T, real_T, importance_T, importance_T.square()), dim=1
+                ),
+                slots_T.unsqueeze(1) == bins,
+                real_T.unsqueeze(1) == bins,
+            ),
+            dim=1,
+        )
+        kinds_MT = kinds_T == torch.arange(len(MODALITIES), device=kinds_T.device).unsqueeze(1)
+        self.sums_LMF[layer] += kinds_MT.to(features_TF) @ features_TF
+        received, demanded = _imbalance(load.received_P), _imbalance(load.demanded_P)
+        one = torch.ones_like(received)
+        self.load_L5[layer] += torch.stack((one, received, demanded, load.rerouted.double(), load.displaced.double()))
+        self.peak_L[layer] = torch.maximum(self.peak_L[layer], received)
+        self.experts_LE[layer] += load.received_E
+
+    def drain(self, sum_groups: list[torch.distributed.ProcessGroup]) -> dict[str, Any]:
+        """Reduce over `sum_groups` one after the other, clear, and return the summary; collective."""
+        parts = (self.sums_LMF, self.experts_LE, self.load_L5)
+        flat = torch.cat([part.flatten() for part in parts])
+        peak_L = self.peak_L.clone()
+        for group in sum_groups:
+            torch.distributed.all_reduce(flat, group=group)
+            torch.distributed.all_reduce(peak_L, op=torch.distributed.ReduceOp.MAX, group=group)
+        split = flat.cpu().split([part.numel() for part in parts])
+        sums_LMF, experts_LE, load_L5 = (x.view(part.shape) for x, part in zip(split, parts, strict=True))
+        for part in (*parts, self.peak_L):
+            part.zero_()
+        return summarise(MODALITIES, sums_LMF, experts_LE, load_L5, peak_L.cpu(), self.k_max)
+
+
+def _imbalance(load_P: Tensor) -> Tensor:
+    """Return max over mean, fp64 scalar; 1 for no load."""
+    load_P = load_P.double()
+    return torch.where(load_P.sum() > 0, load_P.max() / load_P.mean().clamp(min=1e-9), 1.0)
+
+
+class RoutingTracker(MoEMetricsTracker):
+    """Megatron's tracker of router losses, plus the breakdown of slots, importance and load.
+
+    Megatron's loop calls `report` once per step on all ranks; it then logs both to console, TensorBoard and W&B.
+
+    Args:
+        config: sizes are taken from it, so that ranks without mixture layers reduce the same shapes.
+    """
+
+    def __init__(self, config: AnyExpertsConfig):
+        super().__init__()
+        self.num_layers = config.num_layers + (config.mtp_num_layers or 0)
+        sizes = (self.num_layers, config.anyexperts_k_max, config.num_moe_experts, torch.cuda.current_device())
+        self.tallies = {"train": Tally(*sizes), "eval": Tally(*sizes)}
+        self.extra_losses = [
+            name
+            for name, coeff in (
+                ("slot_budget_loss", config.anyexperts_budget_loss_coeff),
+                ("importance_spread_loss", config.anyexperts_spread_loss_coeff),
+            )
+            if coeff
+        ]
+        self._last: dict[str, Any] | None = None
+
+    def ensure_initialized(self, name: str, num_layers: int, device=None) -> None:
+        """Create a metric with one entry per layer of the model.
+
+        Megatron 0.19 passes the number of mixture layers of a hybrid model here but records by layer number, so a
+        pipeline stage without mixture layers would reduce another shape.
+        """
+        super().ensure_initialized(name, self.num_layers, device)
+
+    def report(
+        self,
+        loss_scale: float,
+        iteration: int,
+        writer=None,
+        wandb_writer=None,
+        per_layer_logging: bool = False,
+        force_initialize: bool = False,
+        track_names: str | list[str] | None = None,
+        **others: Any,
+    ) -> str:
+        """Log and clear router losses and the training breakdown; collective. See `MoEMetricsTracker.report`."""
+        if track_names is not None:
+            names = [track_names] if isinstance(track_names, str) else track_names
+            track_names = [*names, *self.extra_losses]
+        line = super().report(
+            loss_scale, iteration, writer, wandb_writer, per_layer_logging, force_initialize, track_names, **others
+        )
+        self._last = self.collect("train")
+        for name, value in scalars(self._last, per_layer_logging).items():
+            if writer is not None:
+                writer.add_scalar(name, value, iteration)
+            if wandb_writer is not None:
+                wandb_writer.log({name: value}, iteration)
+        if writer is not None:
+            write_histograms(writer, self._last, iteration)
+        return line + console_line(self._last)
+
+    def collect(self, tally: str) -> dict[str, Any]:
+        """Return the summary of "train" or "eval" since the last call, over all ranks, and clear it; collective."""
+        groups = [parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)]
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            groups.append(parallel_state.get_pipeline_model_parallel_group())
+        return self.tallies[tally].drain(groups)
+
+    def snapshot(self) -> dict[str, Any] | None:
+        """Return the training breakdown that the last `report` logged, as plain numbers for JSON; None before it."""
+        return self._last
+
+
+def install_metrics(config: AnyExpertsConfig) -> RoutingTracker:
+    """Make a `RoutingTracker` the tracker that Megatron's loop reports; call on every rank before training."""
+    tracker = RoutingTracker(config)
+    set_moe_metrics_tracker(tracker)
+    return tracker
