@@ -17,14 +17,14 @@ def begin(args: argparse.Namespace) -> int:
     """Log the start of an attempt and forget the heartbeats of the one before."""
     run = Run(args.run).create()
     clear(run)
-    before = [event for event in runlog.read_events(run) if event.get("event") in ("start", "exit")]
+    before = [event for event in runlog.read_events(run) if event.get("event") in ("attempt", "exit")]
     reason = "first start"
     if before:
         reason = before[-1].get("reason", "") if before[-1]["event"] == "exit" else "node lost or job killed"
     iteration = newest_sealed(run.checkpoints)
-    runlog.append_event(run, "start", reason=reason, iteration=iteration, restart=args.restart, job=args.job,
+    runlog.append_event(run, "attempt", reason=reason, iteration=iteration, restart=args.restart, job=args.job,
                         nodes=args.nodes)
-    print(f"start: SLURM_RESTART_COUNT={args.restart}, reason: {reason}, newest checkpoint: {iteration}, "
+    print(f"attempt: SLURM_RESTART_COUNT={args.restart}, reason: {reason}, newest checkpoint: {iteration}, "
           f"nodes: {','.join(args.nodes)}")
     return 0
 
@@ -181,10 +181,11 @@ def _parser() -> argparse.ArgumentParser:
     fitted.add_argument("--available", type=int, required=True)
     fitted.add_argument("--ranks-per-node", type=int, required=True)
     fitted.add_argument("--least", type=int, required=True)
-    fitted.add_argument("training", nargs=argparse.REMAINDER)
     return parser
 
 
 if __name__ == "__main__":
-    arguments = _parser().parse_args()
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)  # what follows is the training command, not ours
+    arguments = _parser().parse_args(words[:split], argparse.Namespace(training=words[split + 1:]))
     sys.exit(arguments.action(arguments))

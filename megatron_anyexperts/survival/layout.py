@@ -14,22 +14,23 @@ class Shape:
     pipeline: int = 1
     context: int = 1
     expert: int = 1
-    global_batch: int = 1
+    global_batch: int | None = None
+    """None when the command does not say; then any size passes here and Megatron judges."""
     micro_batch: int = 1
     data_streams: int | None = None
     """Logical streams of the loader; the data-parallel size must divide it. None when it does not matter."""
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, str]) -> Shape:
-        """Read it from flag names without dashes in front; absent ones count as 1."""
+        """Read it from flag names without dashes in front; absent sizes count as 1."""
 
-        def number(name: str) -> int:
-            return int(flags.get(name, 1))
+        def number(name: str, default: int | None = 1) -> int | None:
+            return int(flags[name]) if name in flags else default
 
         return cls(number("tensor-model-parallel-size"), number("pipeline-model-parallel-size"),
                    number("context-parallel-size"), number("expert-model-parallel-size"),
-                   number("global-batch-size"), number("micro-batch-size"),
-                   int(flags["data-streams"]) if "data-streams" in flags else None)
+                   number("global-batch-size", None), number("micro-batch-size"),
+                   number("data-streams", None))
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ def fit(available: int, ranks_per_node: int, shape: Shape, minimum: int = 1) -> 
     model = shape.tensor * shape.pipeline * shape.context
     for nodes in range(available, minimum - 1, -1):
         data, rest = divmod(nodes * ranks_per_node, model)
-        if rest or not data or shape.global_batch % (data * shape.micro_batch):
+        if rest or not data:
+            continue
+        if shape.global_batch is not None and shape.global_batch % (data * shape.micro_batch):
             continue
         if shape.data_streams is not None and shape.data_streams % data:
             continue
@@ -70,8 +73,7 @@ def fit(available: int, ranks_per_node: int, shape: Shape, minimum: int = 1) -> 
     raise ValueError(
         f"no layout for {minimum} to {available} nodes of {ranks_per_node} ranks: ranks must be a multiple of "
         f"{model} (tensor x pipeline x context), and the data-parallel size must divide "
-        f"global batch {shape.global_batch} / micro batch {shape.micro_batch}"
-        + (f" and {shape.data_streams} data streams" if shape.data_streams is not None else ""))
+        f"global batch {shape.global_batch} / micro batch {shape.micro_batch} and {shape.data_streams} data streams")
 
 
 def read_flags(words: list[str], config_text: str = "") -> dict[str, str]:

@@ -48,13 +48,13 @@ class Attempt:
 
 
 def attempts(events: Sequence[Event], sealed_now: int | None) -> list[Attempt]:
-    """Starts of a run with what became of each, oldest first.
+    """Attempts of a run and what became of each, oldest first.
 
     Args:
-        events: of the run, oldest first; "start" carries `iteration`, the newest sealed checkpoint at that time.
+        events: of the run, oldest first; "attempt" carries `iteration`, the newest sealed checkpoint at that time.
         sealed_now: the newest sealed checkpoint, None before the first.
     """
-    marks = [index for index, event in enumerate(events) if event.get("event") == "start"]
+    marks = [index for index, event in enumerate(events) if event.get("event") == "attempt"]
     found = []
     for position, mark in enumerate(marks):
         following = marks[position + 1] if position + 1 < len(marks) else None
@@ -86,8 +86,8 @@ def decide(events: Sequence[Event], sealed_now: int | None, exit_code: int, sign
         signalled: why the batch script asked the ranks to stop ("time limit", "terminated"), None if it did not.
         max_failures: failed attempts in a row without a newer checkpoint after which to give up.
     """
-    last_start = max((index for index, event in enumerate(events) if event.get("event") == "start"), default=0)
-    this_attempt = events[last_start:]
+    last_attempt = max((index for index, event in enumerate(events) if event.get("event") == "attempt"), default=0)
+    this_attempt = events[last_attempt:]
     if any(event.get("event") == "finished" for event in this_attempt):
         # Whatever happens while processes tear down after that cannot take the result away.
         return Verdict(Action.FINISH, "finished", f"training finished (srun exit code {exit_code})")

@@ -49,7 +49,7 @@ def seconds_per_iteration(metrics: list[dict[str, Any]], window: int = 50) -> fl
 
 
 def _state(events: list[dict[str, Any]], beats: dict[int, Beat], now: float) -> str:
-    marks = [event for event in events if event.get("event") in ("start", "exit", "finished", "stop")]
+    marks = [event for event in events if event.get("event") in ("attempt", "start", "exit", "finished", "stop")]
     if not marks:
         return "not started"
     last = marks[-1]
@@ -109,7 +109,9 @@ def _load(last: dict[str, Any]) -> str:
 
 
 def _restarts(events: list[dict[str, Any]], now: float, shown: int = 5) -> list[str]:
-    starts = [event for event in events if event.get("event") == "start"]
+    # Training run by hand, without the launcher, knows no attempts.
+    kind = "attempt" if any(event.get("event") == "attempt" for event in events) else "start"
+    starts = [event for event in events if event.get("event") == kind]
     notes = [event for event in events
              if event.get("event") in ("exit", "hang", "fallback", "save_failed", "preflight", "stop")]
     lines = [f"{'restarts':<13} {max(0, len(starts) - 1)}"]

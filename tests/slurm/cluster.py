@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,10 +84,7 @@ class Cluster:
 
     def __exit__(self, *exc: object) -> None:
         if "slurmctld" in self.processes:
-            subprocess.run(["scancel", "--user=root"], env=self.env, capture_output=True, timeout=60)
-            deadline = time.monotonic() + 20
-            while time.monotonic() < deadline and self._queue_is_busy():
-                time.sleep(0.3)
+            self._empty_queue()
         for process in reversed(self.processes.values()):
             process.terminate()
         for process in self.processes.values():
@@ -97,6 +95,13 @@ class Cluster:
                 process.wait()
         self.processes.clear()
         self._kill_leftovers()
+
+    def restore(self) -> None:
+        """Empty the queue and bring back every lost node."""
+        self._empty_queue()
+        for node in NODES:
+            if node not in self.processes:
+                self.return_node(node)
 
     def start_node(self, node: str) -> None:
         """Start the slurmd that plays `node`."""
@@ -151,6 +156,16 @@ class Cluster:
         return "\n".join(f"--- {path.name}\n{''.join(path.read_text().splitlines(True)[-15:])}"
                          for path in sorted((self.root / "logs").iterdir()))
 
+    @staticmethod
+    def wait(condition: Callable[[], object], seconds: float, failure: str,
+             details: Callable[[], str] = lambda: "") -> None:
+        """Wait until `condition` holds; raises TimeoutError with `failure` and `details()`."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{failure} within {seconds} s\n{details()}")
+            time.sleep(0.1)
+
     def pids(self, job_id: int | str, rank: int) -> list[int]:
         """Processes of one task of a job (the task and its children), found through their environment."""
         return self._pids_of(f"SLURM_JOB_ID={job_id}", f"SLURM_PROCID={rank}")
@@ -202,7 +217,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
         files = (f"--{name}={self.root}/munge/{name.split('-')[0]}" for name in ("pid-file", "seed-file"))
         self._start("munged", "munged", "--foreground", "--force", f"--key-file={key}",
                     f"--socket={self.root}/munge/socket", f"--log-file={self.root}/logs/munge.log", *files)
-        _await(lambda: (self.root / "munge" / "socket").exists(), 10, "munged did not open its socket")
+        self.wait(lambda: (self.root / "munge" / "socket").exists(), 10, "munged did not open its socket")
 
     def _start(self, name: str, program: str, *args: str) -> None:
         with open(self.root / "logs" / f"{name}.log", "ab") as log:
@@ -214,10 +229,13 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
             states = self.command("sinfo", "-h", "-N", "-o", "%T", check=False).split()
             return len(states) == len(NODES) and all(state in ("idle", "mixed", "allocated") for state in states)
 
-        _await(all_idle, 60, "the nodes did not come up", self.logs)
+        self.wait(all_idle, 60, "the nodes did not come up", self.logs)
 
-    def _queue_is_busy(self) -> bool:
-        return bool(self.command("squeue", "-h", check=False).strip())
+    def _empty_queue(self) -> None:
+        self.command("scancel", "--user=root", check=False)
+        deadline = time.monotonic() + 20
+        while self.command("squeue", "-h", check=False).strip() and time.monotonic() < deadline:
+            time.sleep(0.2)
 
     def _pids_of(self, *settings: str) -> list[int]:
         wanted = {setting.encode() for setting in settings} | {f"SLURM_CONF={self.conf}".encode()}
@@ -242,11 +260,3 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
-
-
-def _await(condition, seconds: float, failure: str, details=lambda: "") -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{failure} within {seconds} s\n{details()}")
-        time.sleep(0.1)

@@ -1,0 +1,186 @@
+# shellcheck shell=bash
+# Shared by the batch scripts and by slurm/submit. Settings come from slurm/profiles/*.env; KEY=VALUE arguments of
+# slurm/submit win over them.
+
+# Programs by kind of job, relative to the checkout; the setting ENTRY replaces them.
+# shellcheck disable=SC2034 # the scripts that source this file read it
+declare -A ENTRIES=([pretrain]=pretrain/pretrain_multimodal.py [instruct_tune]=pretrain/instruct_tune.py)
+
+# Settings a profile may leave out. ROOT is the checkout.
+# shellcheck disable=SC2034 # slurm/submit reads some of them
+default_settings() {
+  RUN="" ENTRY="" PROFILE="" JOB_NAME=""
+  ACCOUNT="" PARTITION="" QOS="" TIME=24:00:00 SBATCH_EXTRA="" SRUN_EXTRA=""
+  NODES=1 SPARE_NODES=0 RANKS_PER_NODE=1 CPUS_PER_RANK=1 GPUS_PER_NODE=0
+  PYTHON="$ROOT/.venv/bin/python" HOST_PYTHON=""
+  CONTAINER=none IMAGE="" MOUNTS=""
+  SIGNAL_LEAD_S=300 MAX_FAILURES=3 RETRY_DELAY_S=10 HANG_S=600 START_S=1800
+  PREFLIGHT=full MIN_FREE_GIB=10 CLOCK_TOLERANCE_S=5 MIN_GIGABYTES_PER_S=0 PREFLIGHT_TIMEOUT_S=300
+  ARRAY=""
+}
+
+# load_settings: defaults, then the profile, then the overrides that slurm/submit passed on.
+load_settings() {
+  local override key profile=${PROFILE:-generic} overrides=${ANYEXPERTS_SETTINGS:-}
+  default_settings
+  while IFS= read -r override; do
+    [[ $override == PROFILE=* ]] && profile=${override#*=}
+  done <<<"$overrides"
+  [[ $profile == */* ]] || profile=$ROOT/slurm/profiles/$profile.env
+  [[ -r $profile ]] || { echo "no profile $profile; PROFILE is a name in slurm/profiles or a path" >&2; return 2; }
+  # shellcheck source=/dev/null
+  source "$profile"
+  PROFILE=$profile
+  while IFS= read -r override; do
+    [[ -z $override ]] && continue
+    key=${override%%=*}
+    [[ -v $key ]] || { echo "unknown setting $key; slurm/profiles/generic.env lists them" >&2; return 2; }
+    [[ $key == PROFILE ]] || printf -v "$key" %s "${override#*=}"
+  done <<<"$overrides"
+  HOST_PYTHON=${HOST_PYTHON:-$PYTHON}
+  MIN_NODES=${NODES%-*} MAX_NODES=${NODES#*-}
+}
+
+# srun_command COUNT NODELIST NAME RANKS_PER_NODE: fills the array SRUN; a command appended to it runs in every rank.
+srun_command() {
+  local mounts="$ROOT:$ROOT${RUN:+,$RUN:$RUN}${MOUNTS:+,$MOUNTS}" extra
+  read -ra extra <<<"$SRUN_EXTRA"
+  # One dead rank ends all of them at once: the others would wait for it inside a collective until it times out.
+  SRUN=(srun "--job-name=$3" "--nodes=$1" "--nodelist=$2" "--ntasks=$(($1 * $4))" "--ntasks-per-node=$4"
+        "--cpus-per-task=$CPUS_PER_RANK" "--chdir=$ROOT" --kill-on-bad-exit=1 --unbuffered)
+  # Every rank sees all GPUs of its node and picks its own by LOCAL_RANK, as NCCL's peer-to-peer paths require.
+  ((GPUS_PER_NODE)) && SRUN+=("--gpus-per-node=$GPUS_PER_NODE" --gpu-bind=none)
+  SRUN+=("${extra[@]}")
+  case $CONTAINER in
+    none) SRUN+=("$ROOT/slurm/rank.sh") ;;
+    pyxis) SRUN+=("--container-image=$IMAGE" "--container-mounts=$mounts" "--container-workdir=$ROOT"
+                  "$ROOT/slurm/rank.sh") ;;
+    apptainer)
+      SRUN+=("$ROOT/slurm/rank.sh" apptainer exec --bind "$mounts" --pwd "$ROOT")
+      ((GPUS_PER_NODE)) && SRUN+=(--nv)
+      SRUN+=("$IMAGE") ;;
+    *) echo "CONTAINER=$CONTAINER is not none, pyxis or apptainer" >&2; return 2 ;;
+  esac
+}
+
+survival() { # HOST_PYTHON may be several words, such as "apptainer exec image.sif python"
+  local words
+  read -ra words <<<"$HOST_PYTHON"
+  (cd "$ROOT" && exec "${words[@]}" -m megatron_anyexperts.survival "$@")
+}
+
+# wait_for PID: its exit code, however many trapped signals arrive meanwhile.
+wait_for() {
+  local code
+  while :; do
+    wait "$1" && code=0 || code=$?
+    ((code > 128)) && kill -0 "$1" 2>/dev/null && continue
+    return "$code"
+  done
+}
+
+address_of() { # a node's name need not resolve; the address that Slurm itself uses does
+  scontrol show node -o "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'
+}
+
+# on_every_node NODE...: runs the survival command in COMMAND once on each, its output into the file REPORTS.
+on_every_node() {
+  local nodes
+  nodes=$(IFS=,; echo "$*")
+  srun_command $# "$nodes" preflight 1
+  MASTER_ADDR=$(address_of "$1") timeout "$PREFLIGHT_TIMEOUT_S" \
+    "${SRUN[@]}" "$PYTHON" -m megatron_anyexperts.survival "${COMMAND[@]}" >"$REPORTS" &
+  # Not judged by its exit code: a node that failed or kept silent is missing from the reports and named for it.
+  wait_for $! || true
+}
+
+# preflight NODE...: sets GOOD to the nodes that are fit; fails after one line when they are too few.
+preflight() {
+  local asked reply COMMAND REPORTS
+  GOOD=("$@")
+  [[ $PREFLIGHT == off ]] && return
+  REPORTS=$(mktemp)
+  asked=$(date +%s.%N)
+  COMMAND=(probe "$RUN" --gpus "$GPUS_PER_NODE")
+  on_every_node "${GOOD[@]}"
+  reply=$(survival judge "$RUN" --nodes "${GOOD[*]}" --reports "$REPORTS" --least "$MIN_NODES" \
+    --gpus "$GPUS_PER_NODE" --free-gib "$MIN_FREE_GIB" --clock-tolerance-s "$CLOCK_TOLERANCE_S" \
+    --asked-at "$asked" --heard-at "$(date +%s.%N)" --reference "$SLURMD_NODENAME") || return
+  read -ra GOOD <<<"$reply"
+  if [[ $PREFLIGHT == full ]] && ((${#GOOD[@]} > 1)); then
+    COMMAND=(all-reduce --timeout-s "$PREFLIGHT_TIMEOUT_S")
+    on_every_node "${GOOD[@]}"
+    reply=$(survival judge-bandwidth "$RUN" --nodes "${GOOD[*]}" --reports "$REPORTS" --least "$MIN_NODES" \
+      --least-rate "$MIN_GIGABYTES_PER_S") || return
+    read -ra GOOD <<<"$reply"
+  fi
+  rm -f "$REPORTS"
+}
+
+# train_once NODE...: one attempt on these nodes; sets CODE to srun's exit code.
+train_once() {
+  local nodes step watchdog errors_pipe tee_pid
+  nodes=$(IFS=,; echo "$*")
+  step=train-${SLURM_RESTART_COUNT:-0}-$ATTEMPT
+  srun_command $# "$nodes" "$step" "$RANKS_PER_NODE"
+  : >"$STEP_ERRORS"
+  exec {errors_pipe}> >(exec tee -a "$STEP_ERRORS" >&2)
+  tee_pid=$!
+  MASTER_ADDR=$(address_of "$1") "${SRUN[@]}" "$PYTHON" "$ENTRY" "${TRAINING[@]}" 2>&"$errors_pipe" &
+  TRAIN_PID=$!
+  exec {errors_pipe}>&-
+  survival watch "$RUN" --ranks $(($# * RANKS_PER_NODE)) --hang-s "$HANG_S" --start-s "$START_S" \
+    --srun-pid "$TRAIN_PID" --job "$SLURM_JOB_ID" --step-name "$step" &
+  watchdog=$!
+  wait_for "$TRAIN_PID" && CODE=0 || CODE=$?
+  TRAIN_PID=""
+  wait_for "$tee_pid" || true
+  # It ends by itself, within its polling interval; waiting for it keeps the order of the events.
+  wait_for "$watchdog" || true
+}
+
+# ask_to_stop REASON: have every rank save at the next step boundary and exit; srun passes the signal on.
+ask_to_stop() {
+  SIGNALLED=${SIGNALLED:-$1}
+  if [[ -n $TRAIN_PID ]]; then kill -TERM "$TRAIN_PID" 2>/dev/null || true; fi
+}
+
+# run_training ARG...: the life of one job: preflight, train, judge, and again, until it is done or given up.
+run_training() {
+  local all reply usable layout_flags
+  TRAIN_PID="" SIGNALLED="" ATTEMPT=0
+  TRAINING=("$@")
+  STEP_ERRORS=$RUN/logs/step-$SLURM_JOB_ID.err
+  # Time limit: Slurm sends USR1 to this script SIGNAL_LEAD_S before it. Preemption and scancel --batch send TERM.
+  trap 'ask_to_stop "time limit"' USR1
+  trap 'ask_to_stop terminated' TERM
+  mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  while :; do
+    survival begin "$RUN" --job "$SLURM_JOB_ID" --restart "${SLURM_RESTART_COUNT:-0}" --nodes "${all[*]}"
+    CODE=0
+    if [[ -z $SIGNALLED ]]; then
+      preflight "${all[@]}" || return 1
+      usable=$((${#GOOD[@]} < MAX_NODES ? ${#GOOD[@]} : MAX_NODES))
+      reply=$(survival fit "$RUN" --available "$usable" --ranks-per-node "$RANKS_PER_NODE" --least "$MIN_NODES" \
+        -- "$@") || return 1
+      read -r usable layout_flags <<<"$reply"
+      read -ra layout_flags <<<"$layout_flags"
+      TRAINING=("$@" "${layout_flags[@]}")
+    fi
+    [[ -z $SIGNALLED ]] && train_once "${GOOD[@]:0:usable}"
+    reply=$(survival end "$RUN" --exit-code "$CODE" --signalled "$SIGNALLED" --step-errors "$STEP_ERRORS" \
+      --restart "${SLURM_RESTART_COUNT:-0}" --max-failures "$MAX_FAILURES")
+    case $reply in
+      finish) return 0 ;;
+      retry) ATTEMPT=$((ATTEMPT + 1)); sleep "$RETRY_DELAY_S" & wait_for $! || true ;;
+      requeue)
+        # A job that its owner has cancelled stays cancelled: requeueing would revive it.
+        [[ $(squeue -h -j "$SLURM_JOB_ID" -t RUNNING -o %i) ]] || return 1
+        scontrol requeue "$SLURM_JOB_ID"
+        # Slurm ends this script now; leaving by itself would race with that and might read as completion.
+        sleep 60 & wait_for $! || true
+        return 1 ;;
+      *) return 1 ;;
+    esac
+  done
+}

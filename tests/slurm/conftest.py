@@ -1,0 +1,103 @@
+"""A private Slurm for the session, and a run submitted to it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from megatron_anyexperts.survival import runlog
+from megatron_anyexperts.survival.run import Run
+from tests.slurm.cluster import NODES, Cluster, missing
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def session_cluster(tmp_path_factory):
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    with Cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture
+def cluster(session_cluster):
+    """The cluster with an empty queue before and after, whatever the test does to it."""
+    yield session_cluster
+    session_cluster.restore()
+    for node in NODES:
+        session_cluster.set_task_environment(node)
+
+
+@dataclass
+class Submitted:
+    """A run and the job that carries it."""
+
+    cluster: Cluster
+    run: Run
+    job: str = ""
+    settings: dict[str, object] = field(default_factory=dict)
+
+    def submit(self, *training: object, kind: str = "pretrain", **settings: object) -> str:
+        """Queue it with slurm/submit; the CPU profile, quick retries and low limits unless `settings` say otherwise."""
+        chosen = {"PROFILE": "cpu", "RUN": self.run.root, "PYTHON": sys.executable, "TIME": "10", "MIN_FREE_GIB": 0.01,
+                  "RETRY_DELAY_S": 0, "PREFLIGHT": "nodes"} | self.settings | settings
+        words = [f"{key}={value}" for key, value in chosen.items()]
+        command = [str(ROOT / "slurm" / "submit"), kind, *words, "--", *map(str, training)]
+        self.job = self.cluster.command(*command).strip()
+        return self.job
+
+    def await_end(self, timeout: float, state: str = "COMPLETED") -> dict[str, str]:
+        """Wait for the end of the job, and fail with its log when it ends otherwise than in `state`."""
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+        try:
+            job = self.cluster.await_state(self.job, *ends, timeout=timeout)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}\n{self.log()}") from None
+        assert job["JobState"] == state, self.log()
+        return job
+
+    def await_iteration(self, iteration: int, timeout: float) -> None:
+        """Wait until training has logged `iteration`."""
+        self.cluster.wait(lambda: any(row["iteration"] >= iteration for row in runlog.read(self.run.metrics)),
+                          timeout, f"iteration {iteration} was not reached", self.log)
+
+    def await_event(self, event: str, timeout: float) -> dict:
+        """Wait for an event of this name and return the newest."""
+        self.cluster.wait(lambda: self.events(event), timeout, f"no event {event}", self.log)
+        return self.events(event)[-1]
+
+    def events(self, event: str) -> list[dict]:
+        return [each for each in runlog.read_events(self.run) if each["event"] == event]
+
+    def losses(self) -> dict[int, float]:
+        """Loss of every iteration; trained twice, it must have been the same both times."""
+        found: dict[int, float] = {}
+        for row in runlog.read(self.run.metrics):
+            assert found.setdefault(row["iteration"], row["loss"]) == row["loss"], f"iteration {row['iteration']}"
+        return found
+
+    def sample_keys(self) -> dict[int, list]:
+        """Keys of every iteration's global batch, sorted; of an iteration trained twice those of the later time."""
+        latest: dict[int, tuple] = {}
+        for rank, path in enumerate(sorted(self.run.samples.glob("*.jsonl"))):
+            for order, row in enumerate(runlog.read(path)):
+                latest.setdefault(row["iteration"], {})[rank] = (order, row["keys"])
+        return {iteration: sorted(key for _, keys in ranks.values() for key in keys)
+                for iteration, ranks in latest.items()}
+
+    def log(self) -> str:
+        """What the job and the ranks printed, and the events."""
+        outputs = [path.read_text(errors="replace") for path in sorted(self.run.logs.glob("*.out"))]
+        events = [json.dumps(event) for event in runlog.read_events(self.run)]
+        return "\n".join([*outputs, *events])[-12000:]
+
+
+@pytest.fixture
+def submitted(cluster, tmp_path):
+    return Submitted(cluster, Run(tmp_path / "run"))
