@@ -225,13 +225,11 @@ class AnyExpertsConfig(TransformerConfig):
         for option, (present, reason) in refused.items():
             if present:
                 raise ValueError(f"{option} does not combine with dynamic expert slots: {reason}")
-        k_max = self.anyexperts_k_max
-        if self.moe_router_score_function == "softmax" and not self.moe_router_pre_softmax:
-            if self.anyexperts_k_min == 1 and k_max > 1 and self.anyexperts_slot_gradient == "none":
-                raise ValueError(
-                    "anyexperts_k_min=1 with softmax after the top-k gives one-slot tokens the constant gate 1, so the "
-                    "router learns nothing from them; use moe_router_pre_softmax, sigmoid scores or k_min >= 2"
-                )
+        if self.moe_router_score_function == "softmax" and not self.moe_router_pre_softmax and self.anyexperts_k_max == 1:
+            raise ValueError(
+                "anyexperts_k_max=1 with softmax after the top-k gives every token the constant gate 1, so the router "
+                "learns nothing; use moe_router_pre_softmax, sigmoid scores or k_max >= 2"
+            )
 
     def _graphs_spare_moe(self) -> bool:
         names = {getattr(module, "name", module) for module in self.cuda_graph_modules or ()}
