@@ -1,0 +1,126 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_anyexperts import doctor
+from megatron_anyexperts.doctor import FP8_CAPABILITY, HOW_TO_GET, STORAGE, Installation
+from megatron_anyexperts.training.arguments import UsageError
+
+DEMO = str(Path(__file__).parents[2] / "pretrain" / "configs" / "demo.yaml")
+BARE = Installation(torch="2.15.0", megatron="0.19.2")
+FULL = Installation(
+    torch="2.15.0",
+    megatron="0.19.2",
+    capability=(9, 0),
+    gpus=("NVIDIA H100",),
+    nccl="2.29",
+    transformer_engine="2.11",
+    apex="0.1",
+    flash_attention="2.8",
+    deep_ep="1.2",
+    resiliency="0.5",
+    storage=tuple(STORAGE),
+)
+
+
+def problems(found, *flags):
+    return doctor.missing_for(doctor.parse_config(["--config", DEMO, *flags]), found)
+
+
+def test_the_demo_needs_nothing():
+    assert problems(BARE) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--transformer-impl", "transformer_engine"], "transformer-impl: local"),
+        (["--distributed-backend", "nccl"], "use gloo"),
+        (["--unset", "no-gradient-accumulation-fusion"], "no-gradient-accumulation-fusion: true"),
+        (["--attention-backend", "flash"], "flash-attn"),
+        (["--async-save"], "async-save needs CUDA"),
+        (["--data-path", "s3://bucket/blend.yaml"], "multi-storage-client[boto3]"),
+    ],
+)
+def test_what_a_flag_needs_is_named_with_the_way_out(flags, message):
+    (problem,) = problems(BARE, *flags)
+    assert message in problem
+    assert problems(FULL, *flags) == []
+
+
+@pytest.mark.parametrize("recipe", FP8_CAPABILITY)
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0)])
+def test_fp8_recipes_depend_on_the_gpu(recipe, capability):
+    found = Installation(torch="", megatron="", capability=capability, transformer_engine="2.11", nccl="2")
+    flags = ["--fp8-format", "hybrid", "--fp8-recipe", recipe, "--transformer-impl", "transformer_engine"]
+    flags += ["--distributed-backend", "nccl"]
+    missing = problems(found, *flags)
+    assert len(missing) == (capability < FP8_CAPABILITY[recipe])
+    assert all(f"fp8-recipe: {recipe}" in problem for problem in missing)
+
+
+def test_fp8_needs_transformer_engines_modules():
+    (problem,) = problems(FULL, "--fp8-format", "hybrid")
+    assert "fp8 needs transformer-impl: transformer_engine" in problem
+
+
+def test_report_tells_how_to_get_everything_that_is_missing():
+    text = doctor.report(BARE)
+    assert all(way in text for way in HOW_TO_GET.values())
+    assert all(way in text for _, way in STORAGE.values())
+    full = doctor.report(FULL)
+    assert "missing" not in full
+    assert "delayed, tensorwise, blockwise" in full and "mxfp8" not in full
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        ([], 1),
+        (["--expert-model-parallel-size", "2"], 2),
+        (["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "4"], 8),
+        (["--tensor-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"], 2),
+        (["--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2"], 4),
+    ],
+)
+def test_least_ranks(flags, ranks):
+    assert doctor.least_ranks(doctor.parse_config(["--config", DEMO, *flags])) == ranks
+
+
+def test_unknown_keys_are_named(tmp_path):
+    config = tmp_path / "wrong.yaml"
+    config.write_text("hiden-size: 64\n")
+    with pytest.raises(UsageError, match="hiden-size.*hidden-size"):
+        doctor.parse_config(["--config", str(config)])
+
+
+def run(*flags):
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_anyexperts.doctor", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_command_accepts_the_demo():
+    result = run("--config", DEMO)
+    assert result.returncode == 0, result.stderr
+    assert "can run here as a job of 1 rank(s)" in result.stdout
+
+
+def test_command_refuses_what_training_would_refuse():
+    result = run("--config", DEMO, "--anyexperts-k-min", "5", "--ranks", "1")
+    assert result.returncode == 1
+    assert "cannot run here" in result.stderr
+    assert "anyexperts_k_min=5" in result.stderr
+
+
+def test_command_without_configuration_only_reports():
+    result = run()
+    assert result.returncode == 0
+    assert "Transformer Engine" in result.stdout
+
+
+def test_command_names_a_missing_file():
+    result = run("--config", "nowhere.yaml")
+    assert result.returncode == 2
+    assert "cannot read --config nowhere.yaml" in result.stderr
