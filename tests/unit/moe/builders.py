@@ -19,23 +19,23 @@ EXPERTS = 8
 
 def config(**options) -> AnyExpertsConfig:
     """A config of one small mixture layer, top-4 of 8 unless told."""
-    defaults = dict(
-        num_layers=2,
-        hidden_size=HIDDEN,
-        num_attention_heads=2,
-        ffn_hidden_size=24,
-        moe_ffn_hidden_size=24,
-        num_moe_experts=EXPERTS,
-        moe_router_topk=4,
-        moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="alltoall",
-        moe_router_dtype="fp32",
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        bias_dropout_fusion=False,
-    )
+    defaults = {
+        "num_layers": 2,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": 2,
+        "ffn_hidden_size": 24,
+        "moe_ffn_hidden_size": 24,
+        "num_moe_experts": EXPERTS,
+        "moe_router_topk": 4,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_dtype": "fp32",
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "use_cpu_initialization": True,
+        "gradient_accumulation_fusion": False,
+        "bias_dropout_fusion": False,
+    }
     return AnyExpertsConfig(**(defaults | options))
 
 
