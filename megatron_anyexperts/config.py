@@ -225,7 +225,11 @@ class AnyExpertsConfig(TransformerConfig):
         for option, (present, reason) in refused.items():
             if present:
                 raise ValueError(f"{option} does not combine with dynamic expert slots: {reason}")
-        if self.moe_router_score_function == "softmax" and not self.moe_router_pre_softmax and self.anyexperts_k_max == 1:
+        if (
+            self.moe_router_score_function == "softmax"
+            and not self.moe_router_pre_softmax
+            and self.anyexperts_k_max == 1
+        ):
             raise ValueError(
                 "anyexperts_k_max=1 with softmax after the top-k gives every token the constant gate 1, so the router "
                 "learns nothing; use moe_router_pre_softmax, sigmoid scores or k_max >= 2"
