@@ -5,14 +5,9 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from tests.distributed.dispatch_cases import (
-    config,
-    dense,
-    expert_weights,
-    make_case,
-    make_dispatcher,
-    run_experts,
-)
+from megatron_anyexperts.moe.quotas import plan_dispatch, slot_cap
+from megatron_anyexperts.moe.reroute import fit_to_plan
+from tests.distributed.dispatch_cases import config, dense, expert_weights, make_case, make_dispatcher, run_experts
 from tests.multirank import run_ranks
 
 EXPERTS, K_MAX = 8, 3
@@ -26,36 +21,76 @@ def _init(world_size: int, expert_tp: int = 1) -> None:
     )
 
 
-def _local(weights, dispatcher):
-    return weights[dispatcher.local].clone().requires_grad_()
-
-
-def _against_dense(rank: int, world_size: int, tokens_per_rank: list[int]) -> None:
-    _init(world_size)
-    dispatcher = make_dispatcher(config(EXPERTS, K_MAX))
+def _check_step(rank: int, dispatcher, eps: float | None, tokens: list[int], skew: float) -> torch.Tensor:
+    """One forward and backward pass against every expert on every token; all ranks' tokens are known by their seeds."""
+    mine = make_case(rank, tokens[rank], EXPERTS, K_MAX, skew)
     weights = expert_weights(EXPERTS)
-    cases = [make_case(seed, tokens, EXPERTS, K_MAX) for seed, tokens in enumerate(tokens_per_rank)]
-    mine, local = cases[rank], _local(weights, dispatcher)
-    dispatched = dispatcher.dispatch(mine.hidden, mine.decision)
-    output = dispatcher.combine(run_experts(dispatched, local), dispatched)
-    output.square().sum().backward()
+    local, full = weights[dispatcher.local].clone().requires_grad_(), weights.clone().requires_grad_()
+    sent = dispatcher.dispatch(mine.hidden, mine.decision)
+    # An expert-tensor rank computes its share of the expert's output, here an equal part of the sum.
+    output = dispatcher.combine(run_experts(sent, local) / dispatcher.tp_size, sent)
+    loss = output.square().sum()
+    if eps is not None:
+        output = output + sent.displaced_gate_T[:, None] * mine.hidden
+        loss = output.square().sum()
+    loss.backward()
 
-    counts = [case.decision.routing_map_TE.sum(0) for case in cases]
-    torch.testing.assert_close(dispatched.load.received_E, sum(counts))
-    torch.testing.assert_close(dispatched.tokens_per_expert, sum(counts)[dispatcher.local])
-    full = weights.clone().requires_grad_()
-    expected = [make_case(seed, tokens, EXPERTS, K_MAX) for seed, tokens in enumerate(tokens_per_rank)]
-    outputs = [dense(case.hidden, case.decision.gates_TE, full) for case in expected]
-    sum(x.square().sum() for x in outputs).backward()
-    torch.testing.assert_close(output, outputs[rank])
-    torch.testing.assert_close(mine.hidden.grad, expected[rank].hidden.grad)
-    torch.testing.assert_close(mine.logits.grad, expected[rank].logits.grad)
-    torch.testing.assert_close(local.grad, full.grad[dispatcher.local])
+    cases = [make_case(source, n, EXPERTS, K_MAX, skew) for source, n in enumerate(tokens)]
+    demand = torch.stack([case.decision.routing_map_TE.sum(0) for case in cases])
+    demand_SP = demand.view(len(tokens), dispatcher.ep_size, -1).sum(2)
+    fitted = [case.decision for case in cases]
+    if eps is not None:
+        plan = plan_dispatch(demand_SP, slot_cap(demand.sum(), dispatcher.ep_size, eps))
+        fitted = [fit_to_plan(c.decision, plan.quota_SP[i], plan.room_SP[i], K_MAX) for i, c in enumerate(cases)]
+    expected = [dense(case.hidden, fit.gates_TE, full) for case, fit in zip(cases, fitted, strict=True)]
+    if eps is not None:
+        expected = [y + f.displaced_gate_T[:, None] * c.hidden for y, f, c in zip(expected, fitted, cases, strict=True)]
+    sum(y.square().sum() for y in expected).backward()
+
+    torch.testing.assert_close(output, expected[rank])
+    torch.testing.assert_close(mine.hidden.grad, cases[rank].hidden.grad)
+    torch.testing.assert_close(mine.logits.grad, cases[rank].logits.grad)
+    torch.testing.assert_close(local.grad * dispatcher.tp_size, full.grad[dispatcher.local], rtol=2e-5, atol=2e-5)
+
+    load, received_E = sent.load, sum(fit.routing_map_TE.sum(0) for fit in fitted)
+    assert torch.equal(load.demanded_P, demand_SP.sum(0))
+    assert torch.equal(load.received_E, received_E)
+    assert torch.equal(load.received_P, received_E.view(dispatcher.ep_size, -1).sum(1))
+    assert torch.equal(sent.tokens_per_expert, received_E[dispatcher.local])
+    assert load.received_P.sum() + load.displaced == load.demanded_P.sum()
+    if eps is None:
+        assert load.cap is None and not load.rerouted and not load.displaced
+    else:
+        assert load.received_P.max() <= load.cap
+    return torch.stack([load.demanded_P.max(), load.received_P.max(), load.rerouted, load.displaced])
 
 
-@pytest.mark.parametrize("tokens_per_rank", [[13, 13], [13, 5], [0, 9], [7, 0, 12, 1]])
-def test_without_cap_output_and_gradients_equal_a_dense_reference(tokens_per_rank):
-    run_ranks(_against_dense, len(tokens_per_rank), tokens_per_rank)
+def _steps(rank: int, world_size: int, expert_tp: int, steps: list) -> list:
+    _init(world_size, expert_tp)
+    return [
+        _check_step(
+            rank, make_dispatcher(config(EXPERTS, K_MAX, anyexperts_dispatch_eps=eps)), eps, tokens, skew
+        ).tolist()
+        for eps, tokens, skew in steps
+    ]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "expert_tp", "tokens_per_rank"),
+    [
+        (2, 1, [[13, 13], [0, 9]]),
+        (4, 1, [[17, 17, 17, 17], [17, 0, 12, 1]]),
+        (4, 2, [[17, 17, 17, 17], [17, 0, 12, 1]]),
+    ],
+)
+def test_output_gradients_and_counts_equal_a_dense_reference_with_and_without_cap(
+    world_size, expert_tp, tokens_per_rank
+):
+    steps = [(eps, tokens, skew) for tokens in tokens_per_rank for skew in (0.0, 6.0) for eps in (None, 0.0, 0.05)]
+    results = run_ranks(_steps, world_size, expert_tp, steps)
+    assert all(result == results[0] for result in results)
+    acted = [rerouted > 0 for _, _, rerouted, _ in results[0]]
+    assert any(acted), "no step was skewed enough to be rerouted"
 
 
 def _against_stock(rank: int, world_size: int) -> None:
@@ -88,7 +123,9 @@ def _against_stock(rank: int, world_size: int) -> None:
     assert torch.equal(slots, ours.expert_input) and torch.equal(probs, ours.expert_probs)
     assert torch.equal(tokens_per_expert, ours.tokens_per_expert)
     received = type(
-        "Received", (), {"expert_input": slots, "tokens_per_expert": tokens_per_expert, "expert_probs": probs}
+        "Received",
+        (),
+        {"expert_input": slots, "tokens_per_expert": tokens_per_expert, "expert_probs": probs},
     )
     expected = stock.combine_postprocess(stock.token_combine(stock.combine_preprocess(run_experts(received, weights))))
     assert torch.equal(output, expected)
