@@ -246,4 +246,4 @@ class SlotDispatcher:
             return x
         own = sum(route.output_splits)
         parts = all_to_all(self.tp_group, x, [own] * self.tp_size, route.tp_splits)
-        return parts.view(self.tp_size, own, -1).to(route.gate_dtype).sum(0).to(x.dtype)
+        return parts.view(self.tp_size, own, *x.shape[1:]).to(route.gate_dtype).sum(0).to(x.dtype)
