@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Fetch the raw data of the demo: captioned pictures, recorded speech and prose, all real.
 
-Pictures, captions and speech come from Debian's package tuxpaint-stamps-default: `apt-get download` and `dpkg-deb -x`
-need no root. Prose comes from the Python that runs this script: pydoc topics and the docstrings of the standard library.
+Pictures, captions and speech come from Debian's package tuxpaint-stamps-default: `apt-get download` and
+`dpkg-deb -x` need no root. Prose comes from the Python that runs this script: pydoc topics and the docstrings of
+the standard library.
 
 Result, moved into place only when complete:
     images/<topic>/<name>.png + <name>.json     captions by language, {"en": "A lion.", "fr": ...}
@@ -129,7 +130,7 @@ def write_fallback_images(output: Path, counts: Counter) -> None:
     except ImportError:
         print("note: scikit-learn is not installed; without its scanned digits all pictures are rendered text")
     else:
-        words = "zero one two three four five six seven eight nine".split()
+        words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
         digits = load_digits()
         for pixels, digit in zip(digits.images, digits.target, strict=True):
             image = Image.fromarray(255 - (pixels * 255 / 16).astype("uint8")).resize((96, 96))
@@ -181,13 +182,9 @@ def fetch(output: Path, offline: bool) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to create; reused when complete")
-    parser.add_argument(
-        "--offline", action="store_true", help="do not try the network: make the fallback data at once"
-    )
+    parser.add_argument("--offline", action="store_true", help="do not try the network: make the fallback data at once")
     args = parser.parse_args()
     summary = fetch(args.output, args.offline)
     print(f"{args.output}: {summary['origin']}")

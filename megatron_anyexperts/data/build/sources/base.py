@@ -1,0 +1,135 @@
+"""What every source of samples has in common."""
+
+import hashlib
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_anyexperts.data.build.sample import Rejected, Sample
+
+Chunk = dict[str, Any]
+"""A unit of work of a source: small, JSON, enough to find the same items again."""
+
+Item = tuple[int, Sample | Rejected]
+"""Position of an item in its chunk, and the sample or why there is none."""
+
+
+class Source(BaseModel, ABC):
+    """A place samples come from. Its fields are the options of its entry in the corpus YAML.
+
+    A source says what there is (`chunks`) and reads a chunk (`read`). Reading the same chunk twice must give
+    the same items at the same positions, since shards are planned after a first reading and written in a second.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    type: ClassVar[str]
+
+    path: Path
+    """Folder or file, relative to the root of the corpus."""
+    name: str = Field("", pattern=r"^[A-Za-z0-9_.-]{0,64}$")
+    """Name in manifests; the path by default."""
+    language: str | None = Field(None, max_length=35)
+    """Language of the text, where the data does not say it."""
+    optional: bool = False
+    """Whether the source may be missing."""
+
+    @property
+    def label(self) -> str:
+        """Name of the source in manifests and lists."""
+        return self.name or self.path.name
+
+    def located_at(self, root: Path) -> "Source":
+        """The same source with absolute paths and its name settled."""
+        return self.model_copy(update={"path": root / self.path, "name": self.label})
+
+    def missing(self) -> bool:
+        """Whether there is nothing at the path."""
+        return not self.path.exists()
+
+    def origin(self, chunk: Chunk, position: int) -> str:
+        """Where an item came from, for a person to find it."""
+        return f"{self.label}:{chunk['file']}#{position}"
+
+    @abstractmethod
+    def chunks(self, seed: int, chunk_items: int, chunk_bytes: int) -> Iterator[Chunk]:
+        """Cut the source into units of work, in an order that depends on nothing but content and seed."""
+
+    @abstractmethod
+    def read(self, chunk: Chunk, wanted: Collection[int] | None, max_bytes: int) -> Iterator[Item]:
+        """Items of a chunk.
+
+        Args:
+            chunk: one of `chunks()`.
+            wanted: positions to hand over; None means all.
+            max_bytes: files above this size are rejected unread.
+        """
+
+
+def walk_files(root: Path, suffixes: Collection[str]) -> Iterator[str]:
+    """Relative paths of the regular files below `root` with one of the suffixes; links to folders are not followed."""
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        for name in names:
+            if os.path.splitext(name)[1].lower() in suffixes:
+                yield os.path.relpath(os.path.join(folder, name), root)
+
+
+def shuffled(names: Iterator[str], seed: int) -> list[str]:
+    """Names in an order that looks random but depends on nothing but names and seed."""
+    salt = seed.to_bytes(8, "little", signed=True)
+    return sorted(names, key=lambda name: (hashlib.blake2b(os.fsencode(name), key=salt).digest(), name))
+
+
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """Content of a regular file.
+
+    Raises:
+        Rejected: missing, no regular file, unreadable, or larger than `max_bytes`.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise Rejected("not a regular file")
+            if status.st_size > max_bytes:
+                raise Rejected("too many bytes", f"{status.st_size} bytes, limit {max_bytes}")
+            return file.read(max_bytes)
+    except (OSError, ValueError) as error:
+        reason = "missing file" if isinstance(error, FileNotFoundError) else "unreadable file"
+        raise Rejected(reason, str(error)[:200]) from None
+
+
+def read_referenced(root: Path, reference: Any, max_bytes: int) -> bytes:
+    """Content of a file that data refers to; it must lie below `root`.
+
+    Raises:
+        Rejected: no usable path, one that leads out of `root`, or as `read_bytes`.
+    """
+    if not isinstance(reference, str) or not reference:
+        raise Rejected("no media path", repr(reference)[:200])
+    try:
+        path = (root / reference).resolve()
+        inside = path.is_relative_to(root.resolve())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Rejected("unusable media path", f"{type(error).__name__}: {error}"[:200]) from None
+    if not inside:
+        raise Rejected("media path leaves its folder", reference[:200])
+    return read_bytes(path, max_bytes)
+
+
+def decode_text(data: bytes) -> str:
+    """UTF-8 text without a byte order mark.
+
+    Raises:
+        Rejected: not UTF-8.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Rejected("text is not UTF-8", str(error)[:200]) from None

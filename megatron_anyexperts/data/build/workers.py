@@ -1,0 +1,133 @@
+"""Run tasks in any number of processes, on any number of machines, without a coordinator.
+
+A task knows whether its result is on disk. Every participant does its own share of the tasks and then helps with
+whatever is still missing, so nobody waits for a participant that died, and a single one can do everything. Two
+may do the same task at the same time: results are deterministic and appear atomically, so that does no harm.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Task(Protocol):
+    """A piece of work whose result is a file."""
+
+    def done(self) -> bool:
+        """Whether the result is on disk."""
+
+    def run(self) -> int:
+        """Do it; return how many items were handled."""
+
+    def after_crash(self, signal_number: int) -> None:
+        """Note that running it killed its process, so that the next attempt avoids the cause.
+
+        Raises:
+            RuntimeError: there is nothing to avoid.
+        """
+
+
+@dataclass(frozen=True)
+class Share:
+    """Participant `part` of `parts`."""
+
+    part: int = 0
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.part < self.parts:
+            raise ValueError(f"part={self.part} is outside 0..{self.parts - 1}; --part counts from 0")
+
+
+def in_turn[T](tasks: Sequence[T], share: Share) -> Iterator[T]:
+    """Own tasks first, then those of the others, latest first and starting at different places."""
+    yield from tasks[share.part :: share.parts]
+    for distance in range(1, share.parts):
+        yield from reversed(tasks[(share.part + distance) % share.parts :: share.parts])
+
+
+def run_tasks(tasks: Sequence[Task], share: Share, workers: int, on_done: Callable[[int], None]) -> None:
+    """Make sure that every task is done.
+
+    Args:
+        tasks: the same list for every participant.
+        share: which tasks to begin with.
+        workers: processes to use; 0 runs in this process, where a decoder that crashes ends the build.
+        on_done: called once per task with the number of items handled, 0 when it was done before.
+    """
+    if workers == 0:
+        for task in in_turn(tasks, share):
+            on_done(0 if task.done() else task.run())
+        return
+    queue = in_turn(tasks, share)
+    while True:
+        unfinished = _run_in_pool(queue, min(workers, len(tasks)), on_done)
+        if not unfinished:
+            return
+        for task in unfinished:
+            on_done(_run_alone(task))
+
+
+def _run_in_pool(queue: Iterator[Task], workers: int, on_done: Callable[[int], None]) -> list[Task]:
+    """Run until the queue is empty, or until a worker dies: then return the tasks that were under way."""
+    running: dict[Future, Task] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, workers), mp_context=context, initializer=_start_worker) as pool:
+        try:
+            while True:
+                # A short queue keeps the question whether a task is done fresh.
+                while len(running) < workers + 1 and (task := next(queue, None)) is not None:
+                    if task.done():
+                        on_done(0)
+                    else:
+                        running[pool.submit(task.run)] = task
+                if not running:
+                    return []
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    items = future.result()
+                    del running[future]
+                    on_done(items)
+        except BrokenProcessPool:
+            return list(running.values())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _start_worker() -> None:
+    # An interrupt from the keyboard reaches the parent, which ends the pool in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+
+    def follow_parent() -> None:
+        # Without this, workers of a killed parent would wait for work for ever.
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _run_alone(task: Task) -> int:
+    """Run a task in a process of its own, again after each crash, avoiding what crashed."""
+    context = multiprocessing.get_context("spawn")
+    while not task.done():
+        process = context.Process(target=_run_and_exit, args=(task,))
+        process.start()
+        process.join()
+        if process.exitcode and process.exitcode < 0:
+            task.after_crash(-process.exitcode)
+        elif process.exitcode:
+            raise RuntimeError(f"{task} failed in a process of its own; the reason is printed above")
+    return 0
+
+
+def _run_and_exit(task: Task) -> None:
+    _start_worker()
+    task.run()
