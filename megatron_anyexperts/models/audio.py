@@ -10,16 +10,8 @@ from torch import Tensor
 from torch.nn.functional import conv1d, gelu
 
 from megatron_anyexperts.media import MediaShape
-from megatron_anyexperts.models.encoder import FourierPositions, PackedTransformer, plain_linear
+from megatron_anyexperts.models.encoder import FourierPositions, PackedTransformer, pad_sequences, plain_linear
 from megatron_anyexperts.models.specs import build_projector
-
-
-def pad_clips(x_FC: Tensor, lengths: Sequence[int], multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """Clips side by side: zero-padded [M, L, C] and which entries are real, bool [M, L]; `multiple` divides L."""
-    longest = -(-max(lengths) // multiple) * multiple
-    real_ML = torch.arange(longest, device=x_FC.device) < torch.tensor(lengths, device=x_FC.device)[:, None]
-    padded = x_FC.new_zeros(*real_ML.shape, x_FC.size(1)).masked_scatter(real_ML.unsqueeze(-1), x_FC)
-    return padded, real_ML
 
 
 class ConvFrontEnd(torch.nn.Module):
@@ -37,7 +29,7 @@ class ConvFrontEnd(torch.nn.Module):
     def forward(self, mels_FC: Tensor, lengths: Sequence[int]) -> tuple[Tensor, list[int]]:
         """Halve the frame rate: [F, n_mels] with `lengths` -> [F', H] with ceil(length / 2) each."""
         halved = [-(-length // 2) for length in lengths]
-        x_MLC, real_ML = pad_clips(mels_FC, lengths, multiple=2)
+        x_MLC, real_ML = pad_sequences(mels_FC, lengths, multiple=2)
         x_MLH = gelu(self._convolve(x_MLC, self.conv1.weight, stride=1)) * real_ML.unsqueeze(-1)
         x_MLH = gelu(self._convolve(x_MLH, self.conv2.weight, stride=2))
         steps = torch.arange(x_MLH.size(1), device=x_MLH.device)
@@ -100,7 +92,7 @@ class AudioEncoder(MegatronModule):
         x_PH, halved = self.front_end(mels_FC.to(self.front_end.conv1.weight.dtype), lengths)
         steps_P1 = torch.cat([torch.arange(length, device=x_PH.device) for length in halved]).unsqueeze(1)
         x_PH = self.transformer(x_PH + self.positions(steps_P1), halved)
-        x_MLH, real_ML = pad_clips(x_PH, halved, multiple=self.shape.audio_merge)
+        x_MLH, real_ML = pad_sequences(x_PH, halved, multiple=self.shape.audio_merge)
         # A token is real when its first position is; zeros fill up the last token of a clip.
         real_MT = real_ML[:, :: self.shape.audio_merge]
         tokens_TH = x_MLH.reshape(*real_MT.shape, -1)[real_MT]

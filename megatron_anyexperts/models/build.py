@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, fields
 
+from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -107,6 +108,13 @@ def build_model(
             f"context_parallel_size={config.context_parallel_size}: the features of images and audio are not split "
             "over context-parallel ranks; use tensor and sequence parallelism for long sequences"
         )
+    if config.fp8:
+        rows = get_fp8_align_size(config.fp8_recipe)
+        if args.seq_length * args.micro_batch_size % rows:
+            raise ValueError(
+                f"seq_length={args.seq_length} times micro_batch_size={args.micro_batch_size} is not a multiple of "
+                f"{rows}, the rows that FP8 multiplication with fp8_recipe={config.fp8_recipe} works on"
+            )
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     language_model = HybridModel(
         config=config,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
+from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -14,7 +15,6 @@ from megatron_anyexperts.models.specs import build_encoder_stack, uses_transform
 
 _FREQUENCIES = 16
 _LONGEST_WAVE = 10_000.0
-_FP8_ROWS = 32  # MXFP8 scales blocks of 32 rows; the other recipes need 8 or 16
 
 _INHERITED = {
     *("tensor_model_parallel_size", "params_dtype", "bf16", "fp16", "transformer_impl", "normalization"),
@@ -77,21 +77,30 @@ class PackedTransformer(MegatronModule):
     def _packed(self, x_PH: Tensor, lengths: Sequence[int]) -> Tensor:
         """One variable-length row, filled up by a sequence of zeros where FP8 wants a multiple of rows."""
         total = x_PH.size(0)
-        lengths = list(lengths)
-        if self.config.fp8 and total % _FP8_ROWS:
-            lengths.append(-total % _FP8_ROWS)
-            x_PH = torch.nn.functional.pad(x_PH, (0, 0, 0, lengths[-1]))
+        rows = get_fp8_align_size(self.config.fp8_recipe) if self.config.fp8 else 1
+        if missing := -total % rows:
+            lengths = [*lengths, missing]
+            x_PH = torch.nn.functional.pad(x_PH, (0, 0, 0, missing))
         borders = packed_lengths(torch.tensor(lengths, device=x_PH.device))
         return self.stack(x_PH.unsqueeze(1), None, packed_seq_params=borders).squeeze(1)[:total]
 
     def _padded(self, x_PH: Tensor, lengths: Sequence[int]) -> Tensor:
         """Sequences side by side: cheaper than one row with a mask, whose cost grows with the square of P."""
-        lengths_N = torch.tensor(lengths, device=x_PH.device)
-        real_NL = torch.arange(max(lengths), device=x_PH.device) < lengths_N[:, None]
+        x_NLH, real_NL = pad_sequences(x_PH, lengths)
         mask = None if real_NL.all() else ~real_NL[:, None, None, :]
-        x_NLH = x_PH.new_zeros(*real_NL.shape, x_PH.size(1)).masked_scatter(real_NL.unsqueeze(-1), x_PH)
-        y_NLH = self.stack(x_NLH.transpose(0, 1).contiguous(), mask).transpose(0, 1)
-        return y_NLH[real_NL]
+        return self.stack(x_NLH.transpose(0, 1).contiguous(), mask).transpose(0, 1)[real_NL]
+
+
+def pad_sequences(x_PC: Tensor, lengths: Sequence[int], multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Lay sequences that follow one another side by side.
+
+    Returns:
+        x_NLC: [N, L, C], zero-padded; L is the longest length rounded up to a multiple of `multiple`.
+        real_NL: bool, false for padding.
+    """
+    longest = -(-max(lengths) // multiple) * multiple
+    real_NL = torch.arange(longest, device=x_PC.device) < torch.tensor(lengths, device=x_PC.device)[:, None]
+    return x_PC.new_zeros(*real_NL.shape, x_PC.size(1)).masked_scatter(real_NL.unsqueeze(-1), x_PC), real_NL
 
 
 class FourierPositions(torch.nn.Module):

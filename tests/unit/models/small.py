@@ -56,6 +56,8 @@ def small_arguments(**changes) -> dict:
         "hybrid_layer_pattern": "*-*-",
         "padded_vocab_size": VOCABULARY,
         "max_position_embeddings": 64,
+        "seq_length": 12,
+        "micro_batch_size": 1,
         "fp16_lm_cross_entropy": False,
         "untie_embeddings_and_output_weights": True,
         "position_embedding_type": "rope",

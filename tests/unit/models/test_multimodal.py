@@ -187,3 +187,13 @@ def test_transformer_engine_is_asked_for_only_where_it_is(make_model):
         pytest.skip("Transformer Engine is installed")
     with pytest.raises(ValueError, match="--transformer-impl local"):
         make_model(transformer_impl="transformer_engine")
+
+
+def test_fp8_needs_rows_that_fill_its_blocks(make_model):
+    with pytest.raises(ValueError, match="seq_length=12 times micro_batch_size=1 is not a multiple of 16"):
+        make_model(fp8="hybrid", transformer_impl="transformer_engine", bf16=True, params_dtype=torch.bfloat16)
+
+
+def test_context_parallelism_is_refused(make_model):
+    with pytest.raises(ValueError, match="context_parallel_size=2"):
+        make_model(context_parallel_size=2)
