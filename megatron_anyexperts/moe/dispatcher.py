@@ -165,9 +165,7 @@ class SlotDispatcher:
         output_splits = chunks_XPL[self.tp_rank].sum(1).tolist()
         tp_splits = chunks_XPL.sum((1, 2)).tolist()
         fused = self.config.moe_permute_fusion
-        slots, probs, permutation, _, _ = permute(
-            hidden_TH, map_TE, probs=gates_TE, num_out_tokens=sum(input_splits), fused=fused
-        )
+        slots, probs, permutation = self._permute(hidden_TH, map_TE, gates_TE, sum(input_splits))
         chunk_sizes = self._chunks(counts_SE).ravel() if fused else chunks_XPL.ravel()
         route = _Route(
             hidden_TH.shape, map_TE, permutation, input_splits, output_splits, tp_splits, chunk_sizes, gates_TE.dtype
@@ -233,6 +231,14 @@ class SlotDispatcher:
         # Upstream pads in place: a copy keeps the decision, and with it every count of real slots, as it was.
         padded_TE = pad_routing_map(map_TE.clone(), align)
         return gates_TE.masked_fill(~map_TE, 0), padded_TE, -(-counts_SE // align) * align
+
+    def _permute(self, hidden_TH: Tensor, map_TE: Tensor, gates_TE: Tensor, slots: int) -> tuple[Tensor, ...]:
+        """Slots sorted by expert, their gates, and the permutation that `unpermute` reverts."""
+        if self.config.moe_permute_fusion:
+            return permute(hidden_TH, map_TE, probs=gates_TE, num_out_tokens=slots, fused=True)[:3]
+        # The stock unfused path sorts all T x E flags; the number of slots is known here, so finding them is enough.
+        expert_N, token_N = torch.nonzero_static(map_TE.T, size=slots).unbind(1)
+        return hidden_TH.index_select(0, token_N), gates_TE[token_N, expert_N], token_N
 
     def _gather_tp(self, x: Tensor, tp_splits: list[int]) -> Tensor:
         # An uneven all-gather written as an all-to-all: the same traffic, and gloo can do it too.

@@ -18,7 +18,7 @@ class Importance(MegatronModule):
     The two-layer form, its bottleneck and fp32 are choices of this project. Parameters stay fp32 in a bf16 or fp16
     model: slot counts depend on small differences of w, which 8 bits of mantissa would merge.
 
-    Stages: hidden [S, B, H] -> bottleneck [T, D], SiLU -> logit [T] -> sigmoid -> w [T].
+    Stages: hidden [S, B, H] -> bottleneck [T, D], SiLU -> logit [T] -> sigmoid -> w [T]; h' [S, B, H].
     """
 
     def __init__(self, config: AnyExpertsConfig):
@@ -28,16 +28,13 @@ class Importance(MegatronModule):
         self.down_bias = torch.nn.Parameter(self._empty(width))
         self.up = torch.nn.Parameter(self._empty(width))
         self.up_bias = torch.nn.Parameter(self._empty(1))
-        if config.anyexperts_learn_alpha:
-            self.alpha = torch.nn.Parameter(self._empty(1))
-        else:
-            self.alpha = config.anyexperts_alpha
+        self.alpha = torch.nn.Parameter(self._empty(1)) if config.anyexperts_learn_alpha else None
         if config.perform_initialization:
             config.init_method(self.down)
             torch.nn.init.normal_(self.up, std=width**-0.5)
             for bias in (self.down_bias, self.up_bias):
                 torch.nn.init.zeros_(bias)
-        if config.anyexperts_learn_alpha:
+        if self.alpha is not None:
             torch.nn.init.constant_(self.alpha, config.anyexperts_alpha)
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel
@@ -53,16 +50,65 @@ class Importance(MegatronModule):
 
         return super()._apply(keep_fp32, recurse)
 
-    def forward(self, hidden_SBH: Tensor) -> Tensor:
-        """Return w in (0, 1), fp32 [T], of hidden states [S, B, H]."""
-        hidden_TH = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
-        with torch.autocast(hidden_TH.device.type, enabled=False):
-            inner_TD = torch.nn.functional.silu(torch.addmm(self.down_bias, hidden_TH.float(), self.down.t()))
-            return torch.sigmoid(torch.mv(inner_TD, self.up) + self.up_bias)
+    def forward(self, hidden_SBH: Tensor) -> tuple[Tensor, Tensor]:
+        """Return w, fp32 [T], and h' [S, B, H] in the dtype of the hidden states; h' is h when alpha is fixed at 0."""
+        alpha = self.config.anyexperts_alpha if self.alpha is None else self.alpha
+        fuses = self.config.anyexperts_fuses
+        importance_T, fused_SBH = _ImportanceFusion.apply(
+            hidden_SBH, self.down, self.down_bias, self.up, self.up_bias, alpha if fuses else None
+        )
+        return importance_T, fused_SBH if fuses else hidden_SBH
 
-    def fuse(self, hidden_SBH: Tensor, importance_T: Tensor) -> Tensor:
-        """Return h + alpha * w * h in the dtype of h; h itself when alpha is fixed at 0."""
-        if not self.config.anyexperts_fuses:
-            return hidden_SBH
-        scale = (self.alpha * importance_T).to(hidden_SBH.dtype).view(*hidden_SBH.shape[:-1], 1)
-        return torch.addcmul(hidden_SBH, hidden_SBH, scale)
+
+class _ImportanceFusion(torch.autograd.Function):
+    """Both steps as one node of the graph.
+
+    Autograd would keep an fp32 copy of the hidden states for the bottleneck and walk over [T, H] seven times in the
+    backward pass; this keeps the hidden states as they are and walks over them four times.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_SBH, down, down_bias, up, up_bias, alpha):
+        hidden_TH = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
+        inner_TD = torch.addmm(down_bias, hidden_TH.to(down.dtype), down.t())
+        importance_T = torch.addmv(up_bias.expand(len(inner_TD)), torch.nn.functional.silu(inner_TD), up).sigmoid_()
+        fused_TH = None
+        if alpha is not None:
+            fused_TH = torch.addcmul(hidden_TH, hidden_TH, (alpha * importance_T).to(hidden_TH.dtype).unsqueeze(1))
+        ctx.alpha = alpha if not isinstance(alpha, Tensor) else None
+        learned = alpha if isinstance(alpha, Tensor) else None
+        ctx.save_for_backward(hidden_SBH, down, up, inner_TD, importance_T, learned)
+        return importance_T, None if fused_TH is None else fused_TH.view_as(hidden_SBH)
+
+    @staticmethod
+    def backward(ctx, grad_importance_T, grad_fused_SBH):
+        hidden_SBH, down, up, inner_TD, importance_T, learned = ctx.saved_tensors
+        alpha = learned if learned is not None else ctx.alpha
+        hidden_TH = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
+        grad_alpha, grad_TH = None, None
+        if grad_importance_T is None:
+            grad_importance_T = torch.zeros_like(importance_T)
+        if alpha is not None and grad_fused_SBH is not None:
+            grad_fused_TH = grad_fused_SBH.reshape(hidden_TH.shape)
+            scale_T = (alpha * importance_T).to(hidden_TH.dtype)
+            grad_scale_T = torch.bmm(grad_fused_TH.unsqueeze(1), hidden_TH.unsqueeze(2)).view(-1).to(importance_T.dtype)
+            grad_importance_T = grad_importance_T + alpha * grad_scale_T
+            if learned is not None:
+                grad_alpha = (importance_T * grad_scale_T).sum().view_as(learned)
+            grad_TH = torch.addcmul(grad_fused_TH, grad_fused_TH, scale_T.unsqueeze(1))
+        grad_logit_T = grad_importance_T * importance_T * (1 - importance_T)
+        gate_TD = inner_TD.sigmoid()
+        active_TD = inner_TD * gate_TD
+        # d silu(x) = g + x g (1 - g) with g = sigmoid(x)
+        grad_inner_TD = torch.addcmul(gate_TD, active_TD, 1 - gate_TD) * grad_logit_T.unsqueeze(1) * up
+        grad_down = grad_inner_TD.t() @ hidden_TH.to(down.dtype)
+        through_TH = grad_inner_TD.to(hidden_TH.dtype), down.to(hidden_TH.dtype)
+        grad_TH = torch.mm(*through_TH) if grad_TH is None else grad_TH.addmm_(*through_TH)
+        return (
+            grad_TH.view_as(hidden_SBH),
+            grad_down,
+            grad_inner_TD.sum(0),
+            active_TD.t() @ grad_logit_T,
+            grad_logit_T.sum().view(1),
+            grad_alpha,
+        )

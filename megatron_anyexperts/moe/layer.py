@@ -88,8 +88,7 @@ class AnyExpertsMoELayer(MoELayer):
     def _forward(self, hidden_SBH: Tensor, padding_SB: Tensor | None) -> Tensor:
         importance_T = None
         if self.importance is not None:
-            importance_T = self.importance(hidden_SBH)
-            hidden_SBH = self.importance.fuse(hidden_SBH, importance_T)
+            importance_T, hidden_SBH = self.importance(hidden_SBH)
         shared_SBH = self.shared_experts_compute(hidden_SBH)
         decision = self.router(hidden_SBH, padding_SB, importance_T)
 

@@ -4,22 +4,23 @@ import torch
 from torch import Tensor
 
 
-def balance_loss(scores_TE: Tensor, counts_E: Tensor, tokens: Tensor | int) -> Tensor:
+def balance_loss(scores_TE: Tensor, counts_E: Tensor, tokens: Tensor) -> Tensor:
     """Switch-style loss E * sum_e f_e * P_e with loads from the slots in use; 1 when both are uniform.
 
     Like Megatron's `switch_load_balancing_loss_func`, except that the share f_e is divided by the real slots counted
     instead of top-k * tokens.
 
     Args:
-        scores_TE: normalised scores of the local tokens, 0 in padding; differentiable. May be [S, B, E].
+        scores_TE: normalised scores of the local tokens, 0 in padding; differentiable. [S, B, E] for one loss
+            per sequence.
         counts_E: real slots per expert over all ranks that share the loss; [B, E] for one loss per sequence.
-        tokens: valid tokens over those ranks; [B] for one loss per sequence.
+        tokens: valid tokens over those ranks, scalar; [B] for one loss per sequence.
 
     Returns:
         The local ranks' addend: summed over the ranks it is the loss; a scalar, the mean over sequences.
     """
     share_E = counts_E / counts_E.sum(-1, keepdim=True).clamp(min=1)
-    per_sequence = (scores_TE.sum(0) * share_E).sum(-1) * scores_TE.shape[-1] / torch.as_tensor(tokens).clamp(min=1)
+    per_sequence = (scores_TE.sum(0) * share_E).sum(-1) * scores_TE.shape[-1] / tokens.clamp(min=1)
     return per_sequence.mean()
 
 

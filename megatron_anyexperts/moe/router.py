@@ -167,11 +167,11 @@ class AnyExpertsRouter(TopKRouter):
         """Attach the Switch-style losses, with loads from the real slots in use, to the gates."""
         if not self.is_aux_loss_enabled():
             return gates_TE
-        probs_TE = scores.normalised()
-        valid_T = torch.ones_like(map_TE[:, 0]) if padding_T is None else ~padding_T
-        probs_SBE = (probs_TE * valid_T.unsqueeze(1)).view(seq_length, batch, -1)
-        map_SBE = (map_TE & valid_T.unsqueeze(1)).view(seq_length, batch, -1)
-        local_tokens = valid_T.sum()
+        probs_TE, tokens_SB, local_tokens = scores.normalised(), None, len(map_TE)
+        if padding_T is not None:
+            valid_T = ~padding_T
+            probs_TE, map_TE = probs_TE * valid_T.unsqueeze(1), map_TE & valid_T.unsqueeze(1)
+            tokens_SB, local_tokens = valid_T.view(seq_length, batch), valid_T.sum()
         for kind, name, group in (
             ("aux_loss", "load_balancing_loss", self.tp_cp_group),
             ("seq_aux_loss", "seq_load_balancing_loss", self.tp_cp_group),
@@ -180,9 +180,14 @@ class AnyExpertsRouter(TopKRouter):
             coeff = self.get_aux_loss_coeff(kind)
             if coeff == 0:
                 continue
-            dims = (0,) if kind == "seq_aux_loss" else (0, 1)
-            counts = map_SBE.sum(dims)
-            tokens = valid_T.view(seq_length, batch).sum(dims)
+            probs, used = probs_TE, map_TE
+            if kind == "seq_aux_loss":
+                probs, used = (x.view(seq_length, batch, -1) for x in (probs_TE, map_TE))
+            counts = used.sum(0)
+            if tokens_SB is None:
+                tokens = counts.new_full(counts.shape[:-1], len(used))
+            else:
+                tokens = tokens_SB.sum(0) if kind == "seq_aux_loss" else local_tokens
             if group.size() > 1:
                 both = torch.cat((counts.flatten(), tokens.flatten()))
                 torch.distributed.all_reduce(both, group=group)
@@ -191,7 +196,6 @@ class AnyExpertsRouter(TopKRouter):
                 self.global_tokens_per_expert += counts
                 self.ga_steps += 1
                 counts = self.global_tokens_per_expert
-            probs = probs_SBE if kind == "seq_aux_loss" else probs_SBE.flatten(0, 1)
             gates_TE = self.attach_and_log_load_balancing_loss(
                 gates_TE,
                 coeff,
