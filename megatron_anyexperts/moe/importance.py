@@ -91,7 +91,7 @@ class _ImportanceFusion(torch.autograd.Function):
         if alpha is not None and grad_fused_SBH is not None:
             grad_fused_TH = grad_fused_SBH.reshape(hidden_TH.shape)
             scale_T = (alpha * importance_T).to(hidden_TH.dtype)
-            grad_scale_T = torch.bmm(grad_fused_TH.unsqueeze(1), hidden_TH.unsqueeze(2)).view(-1).to(importance_T.dtype)
+            grad_scale_T = (grad_fused_TH * hidden_TH).sum(1, dtype=importance_T.dtype)
             grad_importance_T = grad_importance_T + alpha * grad_scale_T
             if learned is not None:
                 grad_alpha = (importance_T * grad_scale_T).sum().view_as(learned)

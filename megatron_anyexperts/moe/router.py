@@ -123,7 +123,7 @@ class AnyExpertsRouter(TopKRouter):
         weight_TC = None
         if config.anyexperts_k_min < config.anyexperts_k_max or virtual is not None:
             last_T = last_slot_weight(soft_T, slots_T, config.anyexperts_slot_gradient)
-            weight_TC = slot_weights(entry_TC, slots_T, last_T)
+            weight_TC = slot_weights(entry_TC, slots_T, last_T, log=scores.log_weights)
         used_TC = (entry_TC <= slots_T.unsqueeze(1)).expand(len(slots_T), -1)
         values_TC = real.values if virtual is None else torch.cat((real.values, virtual.values), dim=1)
         gates_TC = scores.gates(values_TC, weight_TC)

@@ -56,7 +56,8 @@ class Scores:
         )
 
     @property
-    def _post_softmax(self) -> bool:
+    def log_weights(self) -> bool:
+        """Whether slot weights add to logits (post-softmax) instead of scaling scores."""
         return self.config.moe_router_score_function == "softmax" and not self.config.moe_router_pre_softmax
 
     @property
@@ -75,7 +76,7 @@ class Scores:
         if count == 0:
             return None
         with torch.no_grad():
-            if self._post_softmax:
+            if self.log_weights:
                 selection_TV = self.scores_TV + bias
             elif self._softmax:
                 selection_TV = self.scores_TV * bias.exp()
@@ -89,13 +90,14 @@ class Scores:
 
         The weight acts before normalisation: a last slot whose weight goes to 0 leaves the other gates as they are
         without it, so the output is continuous in the slot count.
+
+        Args:
+            values_TC: values of the candidates.
+            weight_TC: their weights, logarithmic if `log_weights`; None: all 1.
         """
-        if self._post_softmax:
-            # The logarithm turns a weight into an addend of the logit; the inner `where` keeps log(0) out of backward.
+        if self.log_weights:
             if weight_TC is not None:
-                unused_TC = weight_TC == 0
-                log_TC = torch.where(unused_TC, 1.0, weight_TC).log()
-                values_TC = (values_TC + log_TC).masked_fill(unused_TC, float("-inf"))
+                values_TC = values_TC + weight_TC
             gates_TC = torch.softmax(values_TC, dim=-1, dtype=torch.float32)
         else:
             gates_TC = values_TC if weight_TC is None else values_TC * weight_TC
@@ -130,11 +132,9 @@ class Scores:
         """
         if values_TC is None:
             values_TC = self.scores_TE
-            weight_TC = map_TE.to(torch.float32)
-        if self._post_softmax:
-            if weight_TC is not None:
-                values_TC = values_TC.masked_fill(weight_TC == 0, float("-inf"))
-            log_total_T1 = values_TC.float().logsumexp(dim=1, keepdim=True)
+            weight_TC = map_TE.float().log() if self.log_weights else map_TE.float()
+        if self.log_weights:
+            log_total_T1 = (values_TC.float() + (0.0 if weight_TC is None else weight_TC)).logsumexp(1, keepdim=True)
             gates = (self.scores_TE.float() - log_total_T1).exp().clamp(max=1)
         elif self._softmax or self.config.anyexperts_k_max == 1:
             gates = self.scores_TE

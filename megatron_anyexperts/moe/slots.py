@@ -106,9 +106,16 @@ def last_slot_weight(soft_T: Tensor, slots_T: Tensor, gradient: str) -> Tensor |
     return (soft_T - (slots_T - 1)).clamp(max=1)
 
 
-def slot_weights(entry_TC: Tensor, slots_T: Tensor, last_T: Tensor | None) -> Tensor:
-    """Return each candidate column's weight: 1 in use, `last_T` for the token's last slot, 0 unused; fp32 [T, C]."""
-    used_TC = (entry_TC <= slots_T.unsqueeze(1)).float()
+def slot_weights(entry_TC: Tensor, slots_T: Tensor, last_T: Tensor | None, log: bool = False) -> Tensor:
+    """Return each candidate column's weight: 1 in use, `last_T` for the token's last slot, 0 unused; fp32 [T, C].
+
+    With `log`, return its logarithm: 0 in use, log(last_T), -inf unused. Taking it here, of one value per token, keeps
+    log(0) out of the backward pass.
+    """
+    slots_T1 = slots_T.unsqueeze(1)
+    one, none = (0.0, float("-inf")) if log else (1.0, 0.0)
+    weight_TC = torch.where(entry_TC <= slots_T1, one, none)
     if last_T is None:
-        return used_TC
-    return torch.where(entry_TC == slots_T.unsqueeze(1), last_T.unsqueeze(1), used_TC)
+        return weight_TC
+    last_T1 = (last_T.log() if log else last_T).unsqueeze(1)
+    return torch.where(entry_TC == slots_T1, last_T1, weight_TC)

@@ -116,3 +116,4 @@ def test_weights_are_one_in_use_and_zero_beyond():
     weights = slot_weights(entry, slots, torch.tensor([0.25, 0.5]))
     assert weights.tolist() == [[1, 0.25, 0, 0], [1, 1, 1, 0.5]]
     assert slot_weights(entry, slots, None).tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    torch.testing.assert_close(slot_weights(entry, slots, torch.tensor([0.25, 0.5]), log=True), weights.log())
