@@ -139,10 +139,11 @@ train_once() {
   wait_for "$watchdog" || true
 }
 
-# ask_to_stop REASON: have every rank save at the next step boundary and exit; srun passes the signal on.
+# ask_to_stop REASON: have every rank save at the next step boundary and exit.
 ask_to_stop() {
   SIGNALLED=${SIGNALLED:-$1}
-  if [[ -n $TRAIN_PID ]]; then kill -TERM "$TRAIN_PID" 2>/dev/null || true; fi
+  # Not through srun: on a SIGTERM it ends the step at once. scancel reaches the ranks of the running step alone.
+  if [[ -n $TRAIN_PID ]]; then scancel --signal=TERM "$SLURM_JOB_ID" || true; fi
 }
 
 # run_training ARG...: the life of one job: preflight, train, judge, and again, until it is done or given up.

@@ -17,14 +17,12 @@ def begin(args: argparse.Namespace) -> int:
     """Log the start of an attempt and forget the heartbeats of the one before."""
     run = Run(args.run).create()
     clear(run)
-    before = [event for event in runlog.read_events(run) if event.get("event") in ("attempt", "exit")]
-    reason = "first start"
-    if before:
-        reason = before[-1].get("reason", "") if before[-1]["event"] == "exit" else "node lost or job killed"
-    iteration = newest_sealed(run.checkpoints)
-    runlog.append_event(run, "attempt", reason=reason, iteration=iteration, restart=args.restart, job=args.job,
+    sealed = newest_sealed(run.checkpoints)
+    history = restarts.attempts(runlog.read_events(run), sealed)
+    reason = history[-1].reason if history else "first start"
+    runlog.append_event(run, "attempt", reason=reason, iteration=sealed, restart=args.restart, job=args.job,
                         nodes=args.nodes)
-    print(f"attempt: SLURM_RESTART_COUNT={args.restart}, reason: {reason}, newest checkpoint: {iteration}, "
+    print(f"attempt: SLURM_RESTART_COUNT={args.restart}, reason: {reason}, newest checkpoint: {sealed}, "
           f"nodes: {','.join(args.nodes)}")
     return 0
 

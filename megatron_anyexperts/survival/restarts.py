@@ -12,6 +12,7 @@ Event = dict[str, Any]
 
 # Reasons for which the attempt is not to blame; they never count towards a crash loop.
 _BLAMELESS = ("terminated", "stopped by signal")
+LOST = "node lost or job killed"
 _SRUN_TASK = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<ranks>[\d,-]+): (?P<what>.+)")
 
 
@@ -59,9 +60,10 @@ def attempts(events: Sequence[Event], sealed_now: int | None) -> list[Attempt]:
     for position, mark in enumerate(marks):
         following = marks[position + 1] if position + 1 < len(marks) else None
         until = events[following] if following is not None else {"iteration": sealed_now}
-        exits = [event for event in events[mark:following] if event.get("event") == "exit"]
+        # Training logs its own exit as well; only the launcher knows the reason.
+        exits = [event for event in events[mark:following] if event.get("event") == "exit" and "reason" in event]
         found.append(Attempt(events[mark].get("iteration") or 0, until.get("iteration") or 0,
-                             exits[-1].get("reason", "unknown") if exits else "node lost or job killed"))
+                             exits[-1]["reason"] if exits else LOST))
     return found
 
 

@@ -113,11 +113,12 @@ def _restarts(events: list[dict[str, Any]], now: float, shown: int = 5) -> list[
     kind = "attempt" if any(event.get("event") == "attempt" for event in events) else "start"
     starts = [event for event in events if event.get("event") == kind]
     notes = [event for event in events
-             if event.get("event") in ("exit", "hang", "fallback", "save_failed", "preflight", "stop")]
+             if event.get("event") in ("exit", "hang", "crash", "fallback", "save_failed", "preflight", "stop")
+             and (event.get("reason") or event.get("summary"))]
     lines = [f"{'restarts':<13} {max(0, len(starts) - 1)}"]
     for event in notes[-shown:]:
         where = f" at iteration {event['iteration']}" if event.get("iteration") is not None else ""
-        why = event.get("reason") or event.get("summary") or ""
+        why = event.get("reason") or event["summary"]
         lines.append(f"  {_clock(event['time'])}  {event['event']}{where}: {why}")
     return lines
 

@@ -98,10 +98,14 @@ def _end_hung_step(run: Run, watch: Watch, late: list[int], job_id: str, step_na
     culprit = late[0]
     beat = watch.beat_of(culprit)
     where = f"rank {culprit}" + (f" on {beat.node}, iteration {beat.iteration}, {beat.phase}" if beat else "")
-    runlog.append_event(run, "hang", rank=culprit, node=beat.node if beat else None, overdue=late,
-                        iteration=beat.iteration if beat else None, stack=last_stack(run, culprit))
-    print(f"watchdog: {where} gives no sign of life; overdue ranks {late}; ending the step\n"
-          f"{last_stack(run, culprit) or '(it could not write its stack: the process is frozen)'}", file=sys.stderr)
+    # The culprit and one that waits for it; more ranks than these seldom tell more.
+    stacks = {str(rank): last_stack(run, rank) or "(no stack: the process is frozen)" for rank in late[:2]}
+    runlog.append_event(run, "hang", reason=f"{where} gives no sign of life", rank=culprit,
+                        node=beat.node if beat else None, iteration=beat.iteration if beat else None, overdue=late,
+                        stacks=stacks)
+    print(f"watchdog: {where} gives no sign of life; overdue ranks {late}; ending the step", file=sys.stderr)
+    for rank, stack in stacks.items():
+        print(f"stack of rank {rank}:\n{stack}", file=sys.stderr)
     subprocess.run(["scancel", "--signal=KILL", step], check=False)
 
 

@@ -51,3 +51,100 @@ def test_a_killed_rank_is_named_and_the_run_continues_from_its_checkpoint(counti
     counting.await_end(60)
     assert [event["iteration"] for event in counting.events("attempt")] == [None, 10]
     assert_nothing_lost(counting)
+
+
+def test_the_time_limit_saves_requeues_and_resumes(counting):
+    # Slurm counts the limit in minutes and may signal early, so how many restarts it takes is not fixed.
+    counting.submit("--train-iters", 60, "--step-seconds", 0.8, "--save-interval", 1000, NODES=2, TIME=1,
+                    SIGNAL_LEAD_S=30)
+    counting.await_end(180)
+    *interrupted, last = counting.events("exit")
+    assert {event["reason"] for event in interrupted} == {"time limit"}
+    assert last["reason"] == "finished"
+    assert [event["restart"] for event in counting.events("attempt")] == list(range(1 + len(interrupted)))
+    assert "SLURM_RESTART_COUNT=1, reason: time limit" in counting.log()
+    assert_nothing_lost(counting, 60)
+
+
+@pytest.mark.parametrize(("words", "reason"), [
+    (("--signal=TERM",), "stopped by signal"),
+    (("--batch", "--signal=TERM"), "terminated"),
+])
+def test_scancel_with_a_signal_saves_requeues_and_resumes(counting, words, reason):
+    counting.submit("--train-iters", ITERATIONS, "--step-seconds", 0.1, "--save-interval", 1000, NODES=2)
+    counting.await_iteration(5, 40)
+    counting.cluster.command("scancel", *words, counting.job)
+    assert counting.await_event("exit", 20)["reason"] == reason
+    assert counting.await_end(60)["Restarts"] == "1"
+    resumed = counting.events("attempt")[1]
+    assert resumed["reason"] == reason
+    assert resumed["iteration"] >= 5
+    assert_nothing_lost(counting)
+
+
+def test_a_job_cancelled_by_its_owner_stays_cancelled(counting):
+    counting.submit("--train-iters", 1000, NODES=2)
+    counting.await_iteration(5, 40)
+    counting.cluster.command("scancel", counting.job)
+    counting.await_end(40, state="CANCELLED")
+    time.sleep(8)  # longer than a requeued job has to wait
+    assert counting.cluster.job(counting.job)["JobState"] == "CANCELLED"
+
+
+def test_a_frozen_rank_is_found_by_its_silence_and_named(counting):
+    counting.submit("--train-iters", ITERATIONS, "--stall-at", 15, NODES=2, HANG_S=5, START_S=60)
+    hang = counting.await_event("hang", 60)
+    assert (hang["rank"], hang["node"]) == (1, "n2")
+    assert 10 < hang["iteration"] <= 15  # beats are at least a second apart
+    counting.await_end(60)
+    assert counting.events("exit")[0]["reason"] == "hang of rank 1 on n2"
+    assert "frozen" in hang["stacks"]["1"]
+    assert "all_reduce" in hang["stacks"]["0"]
+    assert_nothing_lost(counting)
+
+
+def test_a_crash_loop_stops_with_a_summary(counting):
+    counting.submit("--train-iters", ITERATIONS, "--fail-at", 15, NODES=2, MAX_FAILURES=2)
+    counting.await_end(90, state="FAILED")
+    assert len(counting.events("attempt")) == 3  # the first attempt made progress: it left a checkpoint
+    summary = counting.events("stop")[-1]["summary"]
+    assert summary.startswith("crash loop: 2 attempts without a newer checkpoint")
+    assert "deliberate failure" in counting.events("exit")[-1]["stack"]
+    status = counting.cluster.command("slurm/status", str(counting.run.root))
+    assert "stopped: crash loop" in status
+
+
+def test_a_lost_node_leaves_a_smaller_run_that_grows_again(counting):
+    counting.submit("--train-iters", 200, "--step-seconds", 0.1, NODES="1-2")
+    counting.await_iteration(15, 40)
+    counting.cluster.lose_node("n2")
+    counting.cluster.wait(lambda: len(counting.events("attempt")) == 2, 40, "no restart", counting.log)
+    assert counting.events("attempt")[1]["nodes"] == ["n1"]
+    assert counting.events("attempt")[1]["reason"] == "node lost or job killed"
+    reached = max(counting.losses())
+    counting.await_iteration(reached + 10, 40)
+    counting.cluster.return_node("n2")
+    counting.cluster.command("scancel", "--batch", "--signal=TERM", counting.job)
+    counting.await_end(90)
+    assert counting.events("attempt")[2]["nodes"] == ["n1", "n2"]
+    assert_nothing_lost(counting, 200)
+
+
+def test_two_jobs_share_a_node(cluster, tmp_path, submitted):
+    runs = [submitted, type(submitted)(cluster, type(submitted.run)(tmp_path / "other"))]
+    for run in runs:
+        run.settings = PROGRAM | {"SBATCH_EXTRA": "--nodelist=n1"}
+        run.submit("--train-iters", 60, "--step-seconds", 0.1, RANKS_PER_NODE=2)
+    for run in runs:
+        run.await_end(60)
+        assert_nothing_lost(run, 60)
+    (first_start, first_end), (second_start, second_end) = (
+        [run.events(name)[0]["time"] for name in ("attempt", "exit")] for run in runs)
+    assert max(first_start, second_start) < min(first_end, second_end)
+
+
+def test_a_second_job_of_the_same_run_waits_for_the_first(counting):
+    first = counting.submit("--train-iters", ITERATIONS)
+    second = counting.submit("--train-iters", ITERATIONS)
+    counting.cluster.await_state(first, "RUNNING", timeout=20)
+    assert counting.cluster.job(second)["Reason"] == "Dependency"
