@@ -189,6 +189,34 @@ def test_transformer_engine_is_asked_for_only_where_it_is(make_model):
         make_model(transformer_impl="transformer_engine")
 
 
+def test_a_small_ling_trains(make_model):
+    """Everything Ling-mini-2.0 has, at once: dense first layer, groups, sigmoid scores, expert bias, MTP."""
+    model = make_model(
+        {"hybrid_layer_pattern": "*-*E*E/*E", "rotary_percent": 0.5},
+        **DYNAMIC,
+        num_moe_experts=8,
+        moe_router_num_groups=4,
+        moe_router_group_topk=2,
+        moe_router_score_function="sigmoid",
+        moe_router_topk_scaling_factor=2.5,
+        moe_router_enable_expert_bias=True,
+        moe_shared_expert_intermediate_size=16,
+        qk_layernorm=True,
+        mtp_num_layers=1,
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    batch = media_batch() | {"loss_mask": (media_batch()["segment_ids"] > 0).float()}
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = (model(**batch) * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_fp8_needs_rows_that_fill_its_blocks(make_model):
     with pytest.raises(ValueError, match="seq_length=12 times micro_batch_size=1 is not a multiple of 16"):
         make_model(fp8="hybrid", transformer_impl="transformer_engine", bf16=True, params_dtype=torch.bfloat16)
