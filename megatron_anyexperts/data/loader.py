@@ -1,12 +1,13 @@
 """The training loader of one data-parallel rank: endless microbatches, and state that any layout can resume."""
 
-import atexit
+import gc
 import hashlib
 import json
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ class MicrobatchLoader:
             "datasets": _describe(datasets.datasets),
         }
         self._loader = self._build(task_encoder, datasets, workers, config, endless)
+        self._endless = endless
         self._iterator: Iterator[dict[str, Any]] | None = None
         self._emitted = 0
         self._rounds_before = 0
@@ -126,6 +128,9 @@ class MicrobatchLoader:
             raise DataFeedError("the data feed has failed before or was closed; restart the job from its checkpoint")
         try:
             if self._iterator is None:
+                # PyAV's resampler leaves a filter graph with threads in a reference cycle. A worker's garbage collector
+                # would wait for those threads for ever, because a fork does not copy them: clear them away here.
+                gc.collect()
                 self._iterator = iter(self._loader)
             microbatch = next(self._iterator)
         except StopIteration:
@@ -147,7 +152,7 @@ class MicrobatchLoader:
 
         Raises:
             DataFeedError: the feed has failed; Energon would wait for the dead worker for ever.
-            ValueError: the rank is in the middle of a round.
+            ValueError: the rank is in the middle of a round, or a one-pass stream has read all its samples.
         """
         if self._failed:
             raise DataFeedError("a failed data feed has no state to save; restart from the last checkpoint")
@@ -192,7 +197,6 @@ class MicrobatchLoader:
     def close(self) -> None:
         """Stop the worker processes; the loader gives nothing afterwards."""
         self._worker_init.stop()
-        atexit.unregister(self._worker_init.stop)
         self._failed = True
         if (torch_iterator := self._loader._iterator) is not None:
             torch_iterator._shutdown_workers()
@@ -230,6 +234,10 @@ def _describe(datasets: list) -> str:
     return f"{len(datasets)} datasets, {samples} samples, content {digest}"
 
 
+def _set(flag: Any) -> None:
+    flag.value = 1
+
+
 class _WorkerInit:
     """Prepares a forked worker process, then runs Energon's own initialisation.
 
@@ -240,8 +248,8 @@ class _WorkerInit:
     def __init__(self, inner: Callable[[int], None]) -> None:
         self._inner = inner
         self._stopping = multiprocessing.get_context("fork").Value("b", 0, lock=False)
-        # Registered after multiprocessing's own exit function, hence run before it sends SIGTERM and waits.
-        atexit.register(self.stop)
+        # At exit multiprocessing runs its finalizers first and then sends its children SIGTERM and waits for them.
+        self._finalizer = Finalize(None, _set, (self._stopping,), exitpriority=0)
 
     def __call__(self, worker: int) -> None:
         signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -249,7 +257,7 @@ class _WorkerInit:
         self._inner(worker)
 
     def stop(self) -> None:
-        self._stopping.value = 1
+        self._finalizer()
 
     def _on_sigterm(self, _signal: int, _frame: Any) -> None:
         if self._stopping.value:
