@@ -83,13 +83,17 @@ class Submitted:
         return found
 
     def sample_keys(self) -> dict[int, list]:
-        """Keys of every iteration's global batch, sorted; of an iteration trained twice those of the later time."""
-        latest: dict[int, tuple] = {}
-        for rank, path in enumerate(sorted(self.run.samples.glob("*.jsonl"))):
-            for order, row in enumerate(runlog.read(path)):
-                latest.setdefault(row["iteration"], {})[rank] = (order, row["keys"])
-        return {iteration: sorted(key for _, keys in ranks.values() for key in keys)
-                for iteration, ranks in latest.items()}
+        """Keys of every iteration's global batch, sorted; of an iteration trained twice those of the later time.
+
+        Needs metrics of every iteration: they tell how many ranks the later time had.
+        """
+        starts = [(event["time"], event["world_size"]) for event in self.events("start")]
+        ranks = {row["iteration"]: [world for began, world in starts if began < row["time"]][-1]
+                 for row in runlog.read(self.run.metrics)}
+        logs = [{row["iteration"]: row["keys"] for row in runlog.read(path)}
+                for path in sorted(self.run.samples.glob("*.jsonl"))]
+        return {iteration: sorted(key for log in logs[:count] for key in log[iteration])
+                for iteration, count in ranks.items()}
 
     def log(self) -> str:
         """What the job and the ranks printed, and the events."""

@@ -42,6 +42,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
     dist.init_process_group("gloo")
     if rank == 0:
+        runlog.append_event(run, "start", world_size=world)
         selection = checkpoints.prepare_resume(run.checkpoints)
         if selection.skipped:
             runlog.append_event(run, "fallback", iteration=selection.iteration, reason=str(selection))
