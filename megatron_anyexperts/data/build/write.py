@@ -146,6 +146,8 @@ def _planned_items(corpus: Corpus, chunks: Mapping[int, Chunk], plan: ShardPlan,
         missing = dict(zip(plan.samples["position"][run].tolist(), run.tolist(), strict=True))
         wanted = frozenset(missing)
         for position, item in source.read(chunks[number], wanted, corpus.limits.max_media_bytes):
+            if position not in missing:
+                continue  # damage behind the planned items, which was counted by the scan
             key = keys[missing.pop(position)]
             if isinstance(item, Sample) and not key.startswith(item.content_hash().hex()):
                 item = Rejected("changed since it was scanned", origin=item.origin)
