@@ -79,16 +79,26 @@ class RouterControl(torch.nn.Module):
         return super()._apply(keep_fp32, recurse)
 
     @torch.no_grad()
-    def count(self, importance_T: Tensor, slots_T: Tensor, real_used_TK: Tensor, padding_T: Tensor | None) -> None:
-        """Add one microbatch of local tokens."""
-        if self.config.anyexperts_target_slots is None and self.config.anyexperts_target_real is None:
+    def count(self, soft_T: Tensor, slots_T: Tensor, real_used_TK: Tensor, padding_T: Tensor | None) -> None:
+        """Add one microbatch of local tokens.
+
+        Args:
+            soft_T: continuous slot count.
+            slots_T: int64, slots.
+            real_used_TK: bool, which of the token's real candidates are in use.
+            padding_T: bool, True for padding, or None.
+        """
+        config = self.config
+        if config.anyexperts_target_slots is None and config.anyexperts_target_real is None:
             return
-        level_T = importance_T + self.slot_offset
-        movable_T = (level_T > 0) & (level_T < 1)
-        rows_4T = torch.stack((torch.ones_like(slots_T), slots_T, real_used_TK.sum(1), movable_T.long()))
+        movable_T = (soft_T > config.anyexperts_k_min) & (soft_T < config.anyexperts_k_max)
+        tokens = len(slots_T)
         if padding_T is not None:
-            rows_4T = rows_4T * ~padding_T
-        self.counts += rows_4T.sum(1)
+            valid_T = ~padding_T
+            slots_T, real_used_TK = slots_T * valid_T, real_used_TK & valid_T.unsqueeze(1)
+            movable_T, tokens = movable_T & valid_T, valid_T.sum()
+        self.counts[0] += tokens
+        self.counts[1:] += torch.stack((slots_T.sum(), real_used_TK.sum(), movable_T.sum()))
 
     def remember(self, expert_bias: Tensor | None) -> None:
         """Keep the state before an update, in case the rerun machine repeats the step."""

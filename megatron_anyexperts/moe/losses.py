@@ -1,6 +1,5 @@
 """Losses of dynamic routing: balance by actual real slots, slot budget, spread of importance."""
 
-import torch
 from torch import Tensor
 
 

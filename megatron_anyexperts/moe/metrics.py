@@ -196,7 +196,8 @@ class RoutingTracker(MoEMetricsTracker):
     def __init__(self, config: AnyExpertsConfig):
         super().__init__()
         self.num_layers = config.num_layers + (config.mtp_num_layers or 0)
-        sizes = (self.num_layers, config.anyexperts_k_max or 0, config.num_moe_experts or 0, torch.cuda.current_device())
+        device = torch.cuda.current_device()
+        sizes = (self.num_layers, config.anyexperts_k_max or 0, config.num_moe_experts or 0, device)
         self.tallies = {"train": Tally(*sizes), "eval": Tally(*sizes)}
         self.extra_losses = [
             name

@@ -120,11 +120,8 @@ class AnyExpertsRouter(TopKRouter):
         entry_TC = entry_slots(
             real.selection.detach(), None if virtual is None else virtual.selection.detach(), config.anyexperts_rho_max
         )
-        weight_TC = None
-        if config.anyexperts_k_min < config.anyexperts_k_max or virtual is not None:
-            last_T = last_slot_weight(soft_T, slots_T, config.anyexperts_slot_gradient)
-            weight_TC = slot_weights(entry_TC, slots_T, last_T, log=scores.log_weights)
-        used_TC = (entry_TC <= slots_T.unsqueeze(1)).expand(len(slots_T), -1)
+        last_T = last_slot_weight(soft_T, slots_T, config.anyexperts_slot_gradient)
+        used_TC, weight_TC = slot_weights(entry_TC, slots_T, last_T, log=scores.log_weights)
         values_TC = real.values if virtual is None else torch.cat((real.values, virtual.values), dim=1)
         gates_TC = scores.gates(values_TC, weight_TC)
 
@@ -141,7 +138,7 @@ class AnyExpertsRouter(TopKRouter):
             gates_TE = self._balance_losses(gates_TE, scores, map_TE, padding_T, seq_length, batch)
             gates_TE = self._importance_losses(gates_TE, importance_T, soft_T, slots_T, padding_T)
             self._apply_expert_bias(map_TE, padding_T)
-            self.control.count(importance_T, slots_T, used_TK, padding_T)
+            self.control.count(soft_T, slots_T, used_TK, padding_T)
         return RoutingDecision(gates_TE, map_TE, virtual_gate_T, importance_T.detach(), slots_T, fallback_TE)
 
     def _slots(self, importance_T: Tensor) -> tuple[Tensor, Tensor]:

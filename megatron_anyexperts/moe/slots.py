@@ -19,13 +19,13 @@ def virtual_cap(slots: int, rho_max: float) -> int:
 
 
 @lru_cache(maxsize=64)
-def _cap_steps(k_max: int, rho_max: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _cap_steps(k_max: int, rho_max: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return, for real rank i, the first k that leaves i + 1 slots to real experts, and, for virtual rank r, the first
-    k that allows r + 1 virtual slots."""
+    k that allows r + 1 virtual slots. Kept per device: making them anew would stall a GPU for the copy."""
     caps = [virtual_cap(k, rho_max) for k in range(2 * k_max + 2 + int(k_max / max(1 - rho_max, 1e-3)))]
-    real = tuple(next(k for k, cap in enumerate(caps) if k - cap >= i + 1) for i in range(k_max))
-    virtual = tuple(next(k for k, cap in enumerate(caps) if cap >= r + 1) for r in range(caps[k_max]))
-    return real, virtual
+    real = [next(k for k, cap in enumerate(caps) if k - cap >= i + 1) for i in range(k_max)]
+    virtual = [next(k for k, cap in enumerate(caps) if cap >= r + 1) for r in range(caps[k_max])]
+    return torch.tensor(real, device=device), torch.tensor(virtual, device=device)
 
 
 def soft_slots(importance_T: Tensor, offset: Tensor | float, k_min: int, k_max: int) -> Tensor:
@@ -82,14 +82,11 @@ def entry_slots(real_TK: Tensor, virtual_TV: Tensor | None, rho_max: float) -> T
     rank_K = torch.arange(1, k_max + 1, device=real_TK.device)
     if virtual_TV is None:
         return rank_K.unsqueeze(0)
-    real_first, virtual_first = _cap_steps(k_max, rho_max)
-    device = real_TK.device
+    real_first_K, virtual_first_V = _cap_steps(k_max, rho_max, real_TK.device)
     ahead_TKV = virtual_TV.unsqueeze(1) > real_TK.unsqueeze(2)
-    ahead_TK = ahead_TKV.sum(2)
-    behind_TV = k_max - ahead_TKV.sum(1)
-    real_in_TK = torch.minimum(rank_K + ahead_TK, torch.tensor(real_first, device=device))
-    rank_V = torch.arange(1, virtual_TV.shape[1] + 1, device=device)
-    virtual_in_TV = torch.maximum(rank_V + behind_TV, torch.tensor(virtual_first, device=device))
+    real_in_TK = torch.minimum(ahead_TKV.sum(2) + rank_K, real_first_K)
+    # Rank and the real columns not behind it: rank + (k_max - those behind).
+    virtual_in_TV = torch.maximum(rank_K[: virtual_TV.shape[1]] + k_max - ahead_TKV.sum(1), virtual_first_V)
     return torch.cat((real_in_TK, virtual_in_TV), dim=1)
 
 
@@ -106,16 +103,17 @@ def last_slot_weight(soft_T: Tensor, slots_T: Tensor, gradient: str) -> Tensor |
     return (soft_T - (slots_T - 1)).clamp(max=1)
 
 
-def slot_weights(entry_TC: Tensor, slots_T: Tensor, last_T: Tensor | None, log: bool = False) -> Tensor:
-    """Return each candidate column's weight: 1 in use, `last_T` for the token's last slot, 0 unused; fp32 [T, C].
+def slot_weights(entry_TC: Tensor, slots_T: Tensor, last_T: Tensor | None, log: bool = False) -> tuple[Tensor, Tensor]:
+    """Return which candidate columns are in use, bool [T, C], and their weights, fp32 [T, C].
 
-    With `log`, return its logarithm: 0 in use, log(last_T), -inf unused. Taking it here, of one value per token, keeps
-    log(0) out of the backward pass.
+    The weight is 1 in use, `last_T` for the token's last slot and 0 unused. With `log` it is the logarithm of that,
+    taken here of one value per token, which keeps log(0) out of the backward pass.
     """
     slots_T1 = slots_T.unsqueeze(1)
+    used_TC = entry_TC <= slots_T1
     one, none = (0.0, float("-inf")) if log else (1.0, 0.0)
-    weight_TC = torch.where(entry_TC <= slots_T1, one, none)
-    if last_T is None:
-        return weight_TC
-    last_T1 = (last_T.log() if log else last_T).unsqueeze(1)
-    return torch.where(entry_TC == slots_T1, last_T1, weight_TC)
+    weight_TC = torch.where(used_TC, one, none)
+    if last_T is not None:
+        last_T1 = (last_T.log() if log else last_T).unsqueeze(1)
+        weight_TC = torch.where(entry_TC == slots_T1, last_T1, weight_TC)
+    return used_TC, weight_TC

@@ -113,7 +113,9 @@ def test_straight_through_is_one_forward_and_the_identity_backward():
 def test_weights_are_one_in_use_and_zero_beyond():
     entry = torch.tensor([[1, 2, 3, 4]])
     slots = torch.tensor([2, 4])
-    weights = slot_weights(entry, slots, torch.tensor([0.25, 0.5]))
+    last = torch.tensor([0.25, 0.5])
+    used, weights = slot_weights(entry, slots, last)
+    assert used.tolist() == [[True, True, False, False], [True] * 4]
     assert weights.tolist() == [[1, 0.25, 0, 0], [1, 1, 1, 0.5]]
-    assert slot_weights(entry, slots, None).tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-    torch.testing.assert_close(slot_weights(entry, slots, torch.tensor([0.25, 0.5]), log=True), weights.log())
+    assert slot_weights(entry, slots, None)[1].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    torch.testing.assert_close(slot_weights(entry, slots, last, log=True)[1], weights.log())
