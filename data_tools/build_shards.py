@@ -14,8 +14,9 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_anyexperts.data.build.build import build, rebuild_shard
+from megatron_anyexperts.data.build.build import build, claim_output, rebuild_shard
 from megatron_anyexperts.data.build.corpus import CorpusError, load_corpus
+from megatron_anyexperts.data.build.files import write_json
 from megatron_anyexperts.data.build.summary import summary
 from megatron_anyexperts.data.build.workers import Share
 
@@ -84,6 +85,10 @@ def parse_args() -> argparse.Namespace:
 def run(args: argparse.Namespace, share: Share) -> None:
     """Build, and print the summary where this participant finishes."""
     corpus = load_corpus(args.corpus, args.root)
+    claim_output(corpus, args.output)
+    root = args.root or args.corpus.parent
+    invocation = {"corpus": str(args.corpus.resolve()), "root": str(root.resolve())}
+    write_json(args.output / ".build" / "invocation.json", args.output / ".build" / "tmp", invocation)
     if args.rebuild:
         manifest = rebuild_shard(corpus, args.output, args.rebuild)
     else:

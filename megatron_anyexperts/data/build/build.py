@@ -97,6 +97,8 @@ def rebuild_shard(corpus: Corpus, output: Path, name: str) -> dict:
     if not tasks:
         raise CorpusError(f"the corpus has no shard {name!r}; it has {plan.shards[0].name} ... {plan.shards[-1].name}")
     manifest_path(output / name).unlink(missing_ok=True)
+    # Without its index the metadata is not taken as complete, and is made again.
+    (output / f"{name}.idx").unlink(missing_ok=True)
     tasks[0].run()
     return finish(corpus, corpus_document(corpus), chunks, scanned, plan, output, tool_version())
 
