@@ -142,7 +142,8 @@ def build_projector(
     else:
         submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     projector_config = copy.copy(config)
-    projector_config.hidden_size = output_size
+    # MLP sizes its second layer by the configuration, whatever it is told of the first.
+    projector_config.hidden_size = projector_config.ffn_hidden_size = output_size
     return MLP(
         projector_config, submodules, input_size=input_size, ffn_hidden_size=output_size, tp_group=pg_collection.tp
     )
