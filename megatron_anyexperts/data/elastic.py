@@ -70,6 +70,20 @@ def split_state(state: SavableDataLoaderState | None, rounds: int) -> RankState:
     return RankState(rounds, [pickle.dumps(worker) for worker in state.worker_states])
 
 
+def has_ended(stream: bytes) -> bool:
+    """Whether a stream that makes one pass has read its last sample.
+
+    Energon (7.4.1) would start such a stream over on restore, with its buffers refilled.
+    """
+
+    def epochs(state: Any) -> list[int]:
+        if "_epoch_count" in state:
+            return [state["_epoch_count"]]
+        return [count for inner in state.get("datasets", ()) for count in epochs(inner)]
+
+    return all(count > 0 for count in epochs(pickle.loads(stream).state.dataset_state))
+
+
 def merge_states(ranks: list[RankState], fingerprint: dict[str, Any], micro_batch_size: int) -> dict[str, Any]:
     """Join the states of all ranks, in rank order, into one for the checkpoint.
 

@@ -163,7 +163,11 @@ class MicrobatchLoader:
                 f"{self._emitted} microbatches are not whole rounds of this rank's {self._streams} streams; save "
                 "between training steps, with a global batch that is a multiple of micro_batch_size x data_streams"
             )
-        return elastic.split_state(self._loader.save_state_rank(), self._rounds_before + self._emitted // self._streams)
+        rounds = self._rounds_before + self._emitted // self._streams
+        state = elastic.split_state(self._loader.save_state_rank(), rounds)
+        if not self._endless and any(map(elastic.has_ended, state.streams or ())):
+            raise ValueError("a stream of this one-pass loader has read its last sample and could only start over")
+        return state
 
     def state_for_checkpoint(self, group: torch.distributed.ProcessGroup | None = None) -> dict[str, Any]:
         """State of all streams, the same on every rank and for every layout; a collective over the data-parallel group.

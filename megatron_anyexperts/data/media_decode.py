@@ -11,10 +11,10 @@ from megatron_anyexperts.data.log_mel import SAMPLE_RATE, WINDOW
 from megatron_anyexperts.data.samples import Media, SampleError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-AUDIO_DEMUXERS = {
+VIDEO_DEMUXERS = {"mp4": "mp4", "m4v": "mp4", "mov": "mov", "mkv": "matroska", "webm": "matroska", "avi": "avi"}
+AUDIO_DEMUXERS = VIDEO_DEMUXERS | {
     "ogg": "ogg", "oga": "ogg", "opus": "ogg", "wav": "wav", "flac": "flac", "mp3": "mp3", "m4a": "mp4", "aac": "aac",
 }  # fmt: skip
-VIDEO_DEMUXERS = {"mp4": "mp4", "m4v": "mp4", "mov": "mov", "mkv": "matroska", "webm": "matroska", "avi": "avi"}
 
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _SWAPS_SIDES = {5, 6, 7, 8}  # EXIF orientations that exchange width and height

@@ -108,8 +108,8 @@ def crude(kind: str, index: int) -> dict:
     raise ValueError(kind)
 
 
-def write_dataset(folder: Path, kind: str, samples: list[dict], per_shard: int, splits: dict[str, str]) -> None:
-    """Write tars plus Energon metadata; `splits` maps a split to the pattern of its shards."""
+def write_dataset(folder: Path, kind: str, samples: list[dict], per_shard: int) -> None:
+    """Write tars plus Energon metadata; the last shard is held out if there are several."""
     folder.mkdir(parents=True)
     names = []
     for start in range(0, len(samples), per_shard):
@@ -118,7 +118,9 @@ def write_dataset(folder: Path, kind: str, samples: list[dict], per_shard: int, 
             for offset, sample in enumerate(samples[start : start + per_shard]):
                 members = {name: json.dumps(part) if name == "json" else part for name, part in sample.items()}
                 tar.write({"__key__": f"{kind}-{start + offset:05d}", **members})
-    BaseWebdatasetFactory.prepare_dataset(folder, names, split_parts_patterns=list(splits.items()), workers=1)
+    held_out = names[1:][-1:]
+    splits = [("train", f"shard-{{000..{len(names) - len(held_out) - 1:03d}}}.tar"), *(("val", n) for n in held_out)]
+    BaseWebdatasetFactory.prepare_dataset(folder, names, split_parts_patterns=splits, workers=1)
     config = {
         "__module__": "megatron.energon",
         "__class__": "CrudeWebdataset",
@@ -142,12 +144,19 @@ def write_blend(folder: Path, weights: dict[str, float]) -> Path:
     return file
 
 
+def write_epoch_blend(folder: Path, kinds: list[str]) -> Path:
+    """A metadataset whose training split holds every sample once."""
+    file = folder / "epoch.yaml"
+    train = {"blend_epochized": [{"repetitions": 1, "path": kind} for kind in kinds]}
+    content = {"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": {"train": train}}
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
 def build(folder: Path, counts: dict[str, int], per_shard: int = 8) -> Path:
     """Write one dataset per kind, the last shard held out, and return the blend file."""
     for kind, count in counts.items():
-        held_out = f"shard-{(count - 1) // per_shard:03d}.tar"
-        splits = {"val": held_out, "train": "shard-.*"}
-        write_dataset(folder / kind, kind, [crude(kind, index) for index in range(count)], per_shard, splits)
+        write_dataset(folder / kind, kind, [crude(kind, index) for index in range(count)], per_shard)
     return write_blend(folder, dict.fromkeys(counts, 1.0))
 
 
