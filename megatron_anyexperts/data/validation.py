@@ -13,7 +13,7 @@ from megatron_anyexperts.data.encode import DocumentEncoder
 from megatron_anyexperts.data.faults import DataFeedError, FaultLedger
 from megatron_anyexperts.data.loader import open_blend
 from megatron_anyexperts.data.packing import assemble_row, collate, pack_rows, row_order
-from megatron_anyexperts.data.samples import Planned, SampleError
+from megatron_anyexperts.data.samples import MODALITY_CODES, Planned, SampleError
 from megatron_anyexperts.data.shard_reader import ShardReader
 from megatron_anyexperts.data.vocabulary import Vocabulary
 from megatron_anyexperts.media import MediaShape
@@ -29,6 +29,9 @@ class ValidationLoader:
     Args:
         blend, config, shape, tokenizer, seq_length, micro_batch_size, dp_rank, dp_size: as for `MicrobatchLoader`.
         microbatches: microbatches of one evaluation on one rank: evaluation steps times microbatches per step.
+
+    Attributes:
+        modalities: kinds of samples in the set, the same on all ranks.
 
     Raises:
         DataFeedError: the split holds no usable sample.
@@ -54,6 +57,8 @@ class ValidationLoader:
         if not rows:
             raise DataFeedError(f"the val split of {blend} holds no usable sample; set --eval-iters 0 or hold data out")
         rows = [rows[index % len(rows)] for index in range(needed)]
+        present = {planned.sample_modality for row in rows for planned in row}
+        self.modalities = tuple(name for name, code in MODALITY_CODES.items() if code in present)
         mine = [(step * dp_size + dp_rank) * micro_batch_size for step in range(microbatches)]
         self._microbatches = [rows[start : start + micro_batch_size] for start in mine]
         self._position = 0

@@ -30,17 +30,14 @@ class Bridge:
         attribute: attribute path inside it, such as ``Tensor.cuda``.
         replace: gets the original (None if absent) and returns the replacement.
         reason: who needs it.
+        training_only: needed by `megatron.training` alone, not by Megatron-Core.
     """
 
     module: str
     attribute: str
     replace: Callable[[Any], Any]
     reason: str
-
-    @property
-    def belongs_to_training(self) -> bool:
-        """Whether only `megatron.training`, not Megatron-Core, needs the replacement."""
-        return self.module.startswith("megatron.training")
+    training_only: bool = False
 
     def apply(self) -> None:
         """Replace the attribute in place."""
@@ -247,12 +244,21 @@ BRIDGES: tuple[Bridge, ...] = (
         "initialize_megatron",
         lambda original: functools.partial(original, allow_no_cuda=True),
         "pretrain() has no way to pass allow_no_cuda",
+        training_only=True,
+    ),
+    Bridge(
+        "torch.cuda",
+        "device_count",
+        _value(1),
+        "process groups and the random number trackers are set up only where there is a device",
+        training_only=True,
     ),
     Bridge(
         "megatron.training.initialize",
         "_compile_dependencies",
         _barrier_only,
         "runs make in site-packages; the wheel ships the compiled helper, and our loader does not use it",
+        training_only=True,
     ),
 )
 
@@ -271,7 +277,7 @@ def bridge(training: bool = False) -> bool:
     if torch.cuda.is_available():
         return False
     for entry in BRIDGES:
-        if entry not in _applied and (training or not entry.belongs_to_training):
+        if entry not in _applied and (training or not entry.training_only):
             entry.apply()
             _applied.add(entry)
     return True

@@ -117,6 +117,12 @@ def merge(cli: list[str], add: ParserHook = add_arguments) -> list[str]:
     return config_to_argv(config, overridden, flags) + rest
 
 
+def _require_files(args: argparse.Namespace) -> None:
+    for path in (*(args.data_path or ()), args.tokenizer_model):
+        if path and "://" not in path and not Path(path).exists():
+            raise UsageError(f"{path} does not exist; build shards and tokenizer with data_tools/build_shards.py")
+
+
 def parse(cli: list[str], defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
     """Parse and validate the command line the way Megatron's own entry points do, and set its globals.
 
@@ -133,6 +139,7 @@ def parse(cli: list[str], defaults: Mapping[str, Any] | None = None) -> argparse
     sys.argv = [sys.argv[0], *merge(cli)]
     args = parse_args(extra_args_provider=add_arguments)
     apply_run_dir(args)
+    _require_files(args)
     validate_args(args, dict(defaults or {}))
     set_global_variables(args)
     return args

@@ -112,7 +112,10 @@ class Checkpoints:
 
     def _divert(self, args: argparse.Namespace, save_dir: Path, iteration: int) -> Callable[[], None]:
         """Send Megatron's early tracker update elsewhere, and have an asynchronous save sealed when it is through."""
-        tracker, schedule = megatron_checkpointing.get_checkpoint_tracker_filename, megatron_checkpointing.schedule_async_save
+        tracker, schedule = (
+            megatron_checkpointing.get_checkpoint_tracker_filename,
+            megatron_checkpointing.schedule_async_save,
+        )
 
         def schedule_and_seal(request: Any) -> None:
             request.add_finalize_fn(lambda: self._seal(save_dir, iteration))

@@ -1,7 +1,5 @@
 """Flags of a training run that neither Megatron nor the other groups declare."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass
 from pathlib import Path

@@ -63,6 +63,7 @@ class DataProvider:
             rows = args.eval_micro_batch_size * common["dp_size"]
             steps = args.eval_iters * (args.eval_global_batch_size // rows)
             valid = ValidationLoader(**common, micro_batch_size=args.eval_micro_batch_size, microbatches=steps)
+            self.stats.held_out_modalities = valid.modalities
         return train, valid, None
 
     def _open_sample_log(self, args: argparse.Namespace) -> None:

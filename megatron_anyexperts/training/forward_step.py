@@ -11,9 +11,9 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 
-from megatron_anyexperts.moe.metrics import token_modality
+from megatron_anyexperts.moe.metrics import MODALITIES, token_modality
 from megatron_anyexperts.training.batch import next_batch
-from megatron_anyexperts.training.step_stats import MODALITIES, StepStats, modality_sums
+from megatron_anyexperts.training.step_stats import StepStats, modality_sums
 
 
 class ForwardStep:
@@ -26,7 +26,9 @@ class ForwardStep:
     def __init__(self, stats: StepStats):
         self.stats = stats
 
-    def __call__(self, data_iterator: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+    def __call__(
+        self, data_iterator: Iterator[dict[str, Any]], model: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable]:
         """Return the [B, S] losses (or, before the last pipeline stage, activations) and the loss function."""
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
@@ -43,21 +45,21 @@ class ForwardStep:
         inputs = {name: value for name, value in batch.items() if name not in ("sample_keys", "sample_modality")}
         with token_modality(batch["token_modality"]):
             output = model(**inputs)
-        record = self.stats if model.training else None
-        return output, partial(loss_func, batch["loss_mask"], batch["sample_modality"], record)
+        return output, partial(loss_func, batch["loss_mask"], batch["sample_modality"], self.stats, model.training)
 
 
 def loss_func(
-    loss_mask: torch.Tensor, sample_modality: torch.Tensor, stats: StepStats | None, output: torch.Tensor
+    loss_mask: torch.Tensor, sample_modality: torch.Tensor, stats: StepStats, training: bool, output: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum the losses of a microbatch; Megatron divides by the global number of targets.
 
     Args:
         loss_mask: [B, S] fp32, 1 for targets.
         sample_modality: [B, S] int8 kinds of sample, -1 for padding.
-        stats: takes the sums per modality while training. Evaluation (None) reports them in the dictionary instead,
-            because Megatron adds those up over all microbatches before it divides; it divides step by step in
-            training, where a step may hold no sample of a kind.
+        stats: takes the sums per modality while training. Evaluation reports them in the dictionary instead, because
+            Megatron adds those up over all microbatches before it divides; it divides step by step in training, where a
+            step may hold no sample of a kind.
+        training: whether this is a training step.
         output: [B, S] losses from the last pipeline stage.
 
     Returns:
@@ -77,9 +79,9 @@ def loss_func(
             )
     report = {"lm loss": torch.stack([loss.detach(), targets.to(loss.dtype)])}
     sums = modality_sums(losses.detach(), loss_mask, sample_modality)
-    if stats is None:
-        report |= {f"{name} loss": sums[index] for index, name in enumerate(MODALITIES)}
-    else:
+    if training:
         stats.add_losses(sums)
         stats.tokens += int((sample_modality >= 0).sum())
+    else:
+        report |= {f"{name} loss": sums[MODALITIES.index(name)] for name in stats.held_out_modalities}
     return loss, targets, report

@@ -8,27 +8,29 @@ import torch
 from megatron.core import mpu
 from megatron.training import get_args
 
-from megatron_anyexperts.moe.metrics import AnyExpertsMetricsTracker
+from megatron_anyexperts.config import AnyExpertsConfig
+from megatron_anyexperts.moe.metrics import RoutingTracker
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.heartbeat import Heartbeat
 from megatron_anyexperts.survival.run import Run
 from megatron_anyexperts.training.step_stats import StepStats
 
 
-class TrainingMetrics(AnyExpertsMetricsTracker):
+class TrainingMetrics(RoutingTracker):
     """Megatron's per-step report with routing figures, losses per modality, throughput and data waiting time.
 
     Megatron's loop calls `report` once after each training step on every rank, which makes it the place for what must
     happen once a step: heartbeat and sample log as well.
 
     Args:
+        config: the decoder's configuration.
         stats: filled by the forward step.
         run: where ``metrics.jsonl`` goes, or None.
         heartbeat: this rank's sign of life, or None.
     """
 
-    def __init__(self, stats: StepStats, run: Run | None, heartbeat: Heartbeat | None):
-        super().__init__()
+    def __init__(self, config: AnyExpertsConfig, stats: StepStats, run: Run | None, heartbeat: Heartbeat | None):
+        super().__init__(config)
         self.stats = stats
         self.run = run
         self.heartbeat = heartbeat
@@ -50,12 +52,14 @@ class TrainingMetrics(AnyExpertsMetricsTracker):
             if writer is not None:
                 writer.add_scalar(name, value, iteration)
         if self.run is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            routing = self.snapshot()
             runlog.append_metrics(
                 self.run,
                 iteration,
                 **_interval_losses(others.get("total_loss_dict") or {}),
                 **figures,
-                **self.snapshot(),
+                load_max_over_mean=routing.get("load", {}).get("rank_max_over_mean"),
+                routing=routing,
                 consumed_samples=args.consumed_train_samples,
                 train_iters=args.train_iters,
             )

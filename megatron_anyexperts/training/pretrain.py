@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -32,7 +33,11 @@ def transformer_config(args: argparse.Namespace) -> Any:
 
 
 def model_provider(
-    pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, pg_collection: Any = None, **_: Any
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    pg_collection: Any = None,
+    **_: Any,
 ) -> torch.nn.Module:
     """Megatron's model provider: one pipeline stage of the multimodal model."""
     from megatron.training import get_args
@@ -63,9 +68,6 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--async-save: Megatron's writer process dies without CUDA; save synchronously on CPU")
     if args.num_experts is None:
         raise UsageError("--num-experts is not set; this is a mixture-of-experts trainer")
-    for path in (*(args.data_path or ()), args.tokenizer_model):
-        if path and "://" not in path and not Path(path).exists():
-            raise UsageError(f"{path} does not exist; build shards and tokenizer with data_tools/build_shards.py")
     transformer_config(args)
     MediaShape.from_args(args)
     DataConfig(**{field.name: getattr(args, field.name) for field in fields(DataConfig)})
@@ -128,7 +130,8 @@ def _run_megatron(args: argparse.Namespace, run: Run | None) -> None:
     checkpoints = Checkpoints(run, args.keep_last_checkpoints, args.keep_every_checkpoint)
     checkpoints.install()
     stats = StepStats()
-    set_moe_metrics_tracker(TrainingMetrics(stats, run, heartbeat))
+    torch.cuda.set_device(args.local_rank)  # the tracker keeps tensors there; Megatron selects the device only later
+    set_moe_metrics_tracker(TrainingMetrics(transformer_config(args), stats, run, heartbeat))
     training.pretrain(
         pretrain_cfg_container_from_args(args),
         DataProvider(checkpoints, stats),
@@ -140,6 +143,8 @@ def _run_megatron(args: argparse.Namespace, run: Run | None) -> None:
 
 def main(cli: list[str] | None = None) -> int:
     """Entry point of one rank; returns the exit code: 0 done, 2 wrong usage, 1 a failure that is explained."""
+    # Said once by the doctor command instead of by each rank at each import.
+    warnings.filterwarnings("ignore", message=".*(Apex|[Tt]ransformer.[Ee]ngine).*")
     from megatron_anyexperts.data.faults import DataFeedError
     from megatron_anyexperts.training.checkpoints import CheckpointError
 

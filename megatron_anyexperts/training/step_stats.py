@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-MODALITIES = ("text", "image", "audio", "video")
+from megatron_anyexperts.moe.metrics import MODALITIES
 
 
 def modality_sums(losses: torch.Tensor, loss_mask: torch.Tensor, sample_modality: torch.Tensor) -> torch.Tensor:
@@ -59,9 +59,15 @@ class SampleLog:
 
 @dataclass
 class StepStats:
-    """Accumulates over the microbatches and steps of one log interval, on one rank."""
+    """Accumulates over the microbatches and steps of one log interval, on one rank.
+
+    Attributes:
+        sample_log: takes the keys of training samples; None switches the log off.
+        held_out_modalities: kinds of samples that the validation set holds, the same on all data-parallel ranks.
+    """
 
     sample_log: SampleLog | None = None
+    held_out_modalities: tuple[str, ...] = MODALITIES
     modality_loss: torch.Tensor | None = None
     tokens: int = 0
     data_wait: float = 0.0
