@@ -23,8 +23,8 @@ AUDIO_CODES = (2,)
 class MultimodalModel(MegatronModule):
     """Language model with encoders in front of it.
 
-    1. Embed the tokens (first pipeline stage):                      [S, B, H]
-    2. Encode images, videos and clips (first pipeline stage):       [placeholders, H]
+    1. Encode images, videos and clips (first pipeline stage):       [placeholders, H]
+    2. Embed the tokens (first pipeline stage):                      [S, B, H]
     3. Put the features where `token_modality` marks placeholders:   [S, B, H]
     4. Decoder, output layer and loss are `HybridModel`'s.
 
@@ -41,9 +41,10 @@ class MultimodalModel(MegatronModule):
         audio: AudioEncoder | None = None,
     ):
         super().__init__(language_model.config)
-        self.language_model = language_model
+        # Registered in the order of use, which overlapped parameter gathering follows.
         self.vision = vision
         self.audio = audio
+        self.language_model = language_model
         self.model_type = ModelType.encoder_or_decoder
         self.transformer_engine = uses_transformer_engine(self.config)
 
@@ -129,13 +130,13 @@ class MultimodalModel(MegatronModule):
         """
         decoder_input = None
         if self.pre_process:
-            decoder_input = self.language_model.embedding(input_ids=tokens, position_ids=position_ids)
-            decoder_input = self._fill(
-                decoder_input, token_modality, VISION_CODES, "vision", self.vision, image_patches, image_grids
-            )
-            decoder_input = self._fill(
-                decoder_input, token_modality, AUDIO_CODES, "audio", self.audio, audio_features, audio_lengths
-            )
+            modality = torch.zeros_like(tokens, dtype=torch.int8) if token_modality is None else token_modality
+            features = [
+                _encode("vision", self.vision, modality, VISION_CODES, image_patches, image_grids),
+                _encode("audio", self.audio, modality, AUDIO_CODES, audio_features, audio_lengths),
+            ]
+            embedded = self.language_model.embedding(input_ids=tokens, position_ids=position_ids)
+            decoder_input = self._fill(embedded, [found for found in features if found is not None])
         attention, padding_mask = AttentionInputs(), None
         if segment_ids is not None:
             attention = attention_inputs(segment_ids, self.transformer_engine)
@@ -167,54 +168,64 @@ class MultimodalModel(MegatronModule):
         tp = self.pg_collection.tp
         return x.chunk(tp.size(), dim=dim)[tp.rank()].contiguous()
 
-    def _fill(
-        self,
-        embeddings_SBH: Tensor,
-        token_modality_BS: Tensor | None,
-        codes: tuple[int, ...],
-        name: str,
-        encoder: VisionEncoder | AudioEncoder | None,
-        values: Tensor | None,
-        sizes: Tensor | None,
-    ) -> Tensor:
-        """Replace the embeddings of one kind of placeholder by the encoder's features.
+    def _fill(self, embeddings_SBH: Tensor, features: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Replace embeddings by features: pairs of where, bool [B, S], and what, [placeholders, H]."""
+        if not features:
+            return embeddings_SBH
+        filled_BSH = features[0][1].new_zeros(*features[0][0].shape, embeddings_SBH.size(-1))
+        is_placeholder_BS = torch.zeros_like(features[0][0])
+        for is_kind_BS, features_TH in features:
+            filled_BSH = filled_BSH.masked_scatter(is_kind_BS.unsqueeze(-1), features_TH)
+            is_placeholder_BS = is_placeholder_BS | is_kind_BS
+        filled_SBH = filled_BSH.transpose(0, 1).contiguous()
+        is_placeholder_SB = is_placeholder_BS.transpose(0, 1)
+        if self.config.sequence_parallel:
+            # The embedding has split the sequence already. The backward of this scatter gathers, so that the encoders,
+            # which see all of the sequence on each rank, get the whole gradient on each rank.
+            tp = self.pg_collection.tp
+            filled_SBH = tensor_parallel.scatter_to_sequence_parallel_region(filled_SBH, group=tp)
+            is_placeholder_SB = self._local_part(is_placeholder_SB, dim=0)
+        return torch.where(is_placeholder_SB.unsqueeze(-1), filled_SBH.to(embeddings_SBH.dtype), embeddings_SBH)
 
-        Without any input an encoder still runs in training, on its smallest one, and adds zero: overlapped gradient
-        reduction waits for a gradient of every parameter in every microbatch, and delayed FP8 scaling for the same
-        number of reductions on every rank.
-        """
-        is_placeholder_BS = None
-        placeholders = 0
-        if token_modality_BS is not None:
-            is_placeholder_BS = torch.isin(token_modality_BS, token_modality_BS.new_tensor(codes))
-            placeholders = int(is_placeholder_BS.sum())
-        if sizes is None or len(sizes) == 0:
-            _require_equal(name, placeholders, 0)
-            if encoder is None or not torch.is_grad_enabled():
-                return embeddings_SBH
-            if not (encoder.config.fp8 or any(parameter.requires_grad for parameter in encoder.parameters())):
-                return embeddings_SBH
-            nothing = encoder(*encoder.smallest_input(embeddings_SBH.device)).sum() * 0
-            return embeddings_SBH + nothing.to(embeddings_SBH.dtype)
+
+def _encode(
+    name: str,
+    encoder: VisionEncoder | AudioEncoder | None,
+    modality_BS: Tensor,
+    codes: tuple[int, ...],
+    values: Tensor | None,
+    sizes: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """Where one kind of placeholder is, bool [B, S], and its features [placeholders, H]; None if there is nothing.
+
+    Without any input an encoder still runs in training, on its smallest one, of which no row is used: overlapped
+    gradient reduction waits for a gradient of every parameter in every microbatch, and delayed FP8 scaling for the same
+    number of reductions on every rank.
+    """
+    is_kind_BS = torch.isin(modality_BS, modality_BS.new_tensor(codes))
+    if sizes is not None and len(sizes):
         if encoder is None:
             raise ValueError(
                 f"the batch holds {len(sizes)} {name} inputs, but the model has no {name} encoder: "
                 f"set --{name}-num-layers above 0, or leave such samples out of the data"
             )
-        features_TH = encoder(values, sizes).to(embeddings_SBH.dtype)
-        _require_equal(name, placeholders, features_TH.size(0))
-        is_placeholder_BS1 = is_placeholder_BS.unsqueeze(-1)
-        filled_BSH = features_TH.new_zeros(*is_placeholder_BS.shape, features_TH.size(1))
-        filled_SBH = filled_BSH.masked_scatter(is_placeholder_BS1, features_TH).transpose(0, 1)
-        is_placeholder_SB1 = is_placeholder_BS1.transpose(0, 1)
-        if self.config.sequence_parallel:
-            # The embedding has split the sequence already. The backward of this scatter gathers, so that the encoders,
-            # which see all of the sequence on each rank, get the whole gradient on each rank.
-            filled_SBH = tensor_parallel.scatter_to_sequence_parallel_region(
-                filled_SBH.contiguous(), group=self.pg_collection.tp
-            )
-            is_placeholder_SB1 = self._local_part(is_placeholder_SB1, dim=0)
-        return torch.where(is_placeholder_SB1, filled_SBH, embeddings_SBH)
+        features_TH = encoder(values, sizes)
+    elif encoder is not None and torch.is_grad_enabled() and _takes_part(encoder):
+        features_TH = encoder(*encoder.smallest_input(modality_BS.device))[:0]
+    else:
+        features_TH = None
+    placeholders, rows = int(is_kind_BS.sum()), 0 if features_TH is None else features_TH.size(0)
+    if placeholders != rows:
+        raise ValueError(
+            f"{name}: the tokens hold {placeholders} placeholders, the encoder has features for {rows}; build the "
+            "batch with the model's MediaShape (--vision-patch-size, --vision-spatial-merge, --audio-stride)"
+        )
+    return None if features_TH is None else (is_kind_BS, features_TH)
+
+
+def _takes_part(encoder: VisionEncoder | AudioEncoder) -> bool:
+    """Whether other ranks may wait for this encoder in a training step."""
+    return bool(encoder.config.fp8) or any(parameter.requires_grad for parameter in encoder.parameters())
 
 
 def within_documents(loss_mask_BS: Tensor, segment_ids_BS: Tensor) -> Tensor:
@@ -226,11 +237,3 @@ def within_documents(loss_mask_BS: Tensor, segment_ids_BS: Tensor) -> Tensor:
     """
     before = torch.nn.functional.pad(segment_ids_BS[:, :-1], (1, 0), value=-1)
     return loss_mask_BS * (segment_ids_BS == before)
-
-
-def _require_equal(name: str, placeholders: int, features: int) -> None:
-    if placeholders != features:
-        raise ValueError(
-            f"{name}: the tokens hold {placeholders} placeholders, the encoder has features for {features}; build "
-            "the batch with the model's MediaShape (--vision-patch-size, --vision-spatial-merge, --audio-stride)"
-        )
