@@ -80,6 +80,11 @@ class MultimodalModel(MegatronModule):
         return self.language_model.vp_stage
 
     @property
+    def module(self) -> HybridModel:
+        """The language model; Megatron's loading looks for a `HybridModel` by unwrapping `.module`."""
+        return self.language_model
+
+    @property
     def decoder(self) -> MegatronModule:
         """The decoder's layer stack."""
         return self.language_model.decoder
