@@ -12,7 +12,7 @@ from megatron_anyexperts.media import MediaShape
 from megatron_anyexperts.models.audio import AudioEncoder
 from megatron_anyexperts.models.encoder import encoder_config
 from megatron_anyexperts.models.multimodal import MultimodalModel
-from megatron_anyexperts.models.specs import decoder_stack_spec
+from megatron_anyexperts.models.specs import decoder_stack_spec, uses_transformer_engine
 from megatron_anyexperts.models.vision import VisionEncoder
 
 
@@ -107,6 +107,11 @@ def build_model(
         raise ValueError(
             f"context_parallel_size={config.context_parallel_size}: the features of images and audio are not split "
             "over context-parallel ranks; use tensor and sequence parallelism for long sequences"
+        )
+    if (config.mtp_num_layers or 0) > 1 and not uses_transformer_engine(config):
+        raise ValueError(
+            f"mtp_num_layers={config.mtp_num_layers}: without packed sequences only one layer of multi-token prediction "
+            "keeps documents apart; use 1, or --transformer-impl transformer_engine"
         )
     if config.fp8:
         rows = get_fp8_align_size(config.fp8_recipe)

@@ -142,6 +142,11 @@ def test_mtp_does_not_predict_across_documents(make_model):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+def test_several_prediction_layers_need_packed_sequences(make_model):
+    with pytest.raises(ValueError, match="mtp_num_layers=2: .*use 1"):
+        make_model({"hybrid_layer_pattern": "*-/*-/*-"}, mtp_num_layers=2)
+
+
 def test_partial_rotary_and_query_groups_change_the_model(make_model):
     batch = text_batch([8])
     losses = [make_model({"rotary_percent": percent})(**batch) for percent in (1.0, 0.5)]
