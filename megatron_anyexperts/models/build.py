@@ -110,7 +110,7 @@ def build_model(
         )
     if (config.mtp_num_layers or 0) > 1 and not uses_transformer_engine(config):
         raise ValueError(
-            f"mtp_num_layers={config.mtp_num_layers}: without packed sequences only one layer of multi-token prediction "
+            f"mtp_num_layers={config.mtp_num_layers}: without packed sequences only one prediction layer "
             "keeps documents apart; use 1, or --transformer-impl transformer_engine"
         )
     if config.fp8:
