@@ -70,12 +70,35 @@ def _padded_while_sharding(sharded_param_state):
     return wrapper
 
 
+def _is_torch_adam(optimizer: torch.optim.Optimizer) -> bool:
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
 def _with_state_before_load(sharded_state_dict):
     @functools.wraps(sharded_state_dict)
     def wrapper(self, model_sharded_state_dict, is_loading=False, *args, **kwargs):
-        if is_loading and not self.optimizer.state and isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
+        if is_loading and not self.optimizer.state and _is_torch_adam(self.optimizer):
             self._init_optimizer_states_with_dummy_values()
         return sharded_state_dict(self, model_sharded_state_dict, is_loading, *args, **kwargs)
+
+    return wrapper
+
+
+def _with_own_steps(load_state_dict):
+    @functools.wraps(load_state_dict)
+    def wrapper(self, state_dict):
+        load_state_dict(self, state_dict)
+        if _is_torch_adam(self.optimizer):
+            for state in self.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+    return wrapper
+
+
+def _without_step(set_states):
+    @functools.wraps(set_states)
+    def wrapper(self, model_param, tensors):
+        return set_states(self, model_param, {"step": None, **tensors})
 
     return wrapper
 
@@ -85,12 +108,16 @@ def install() -> None:
 
     - ``fully_reshardable`` saves slice states that lack the padding between buckets with offsets that count it: every
       parameter after a padded bucket is stored shifted, fp32 master weights included (upstream pull request 5077).
-    - Loading with torch's Adam fails on an assertion, because its step counters exist only after the first step.
+    - With torch's Adam (no Transformer Engine, no apex), whose step counters are tensors that exist only after the
+      first step: loading fails on an assertion without them; fails on a key error with them, since checkpoints hold the
+      step once, not per parameter; and gives all parameters one shared counter, which then advances by the number of
+      parameters in each step.
     """
-    if getattr(DistributedOptimizer, "_anyexperts_repaired", False):
+    cls = DistributedOptimizer
+    if getattr(cls, "_anyexperts_repaired", False):
         return
-    DistributedOptimizer.sharded_param_state_fully_reshardable = _padded_while_sharding(
-        DistributedOptimizer.sharded_param_state_fully_reshardable
-    )
-    DistributedOptimizer.sharded_state_dict = _with_state_before_load(DistributedOptimizer.sharded_state_dict)
-    DistributedOptimizer._anyexperts_repaired = True
+    cls.sharded_param_state_fully_reshardable = _padded_while_sharding(cls.sharded_param_state_fully_reshardable)
+    cls.sharded_state_dict = _with_state_before_load(cls.sharded_state_dict)
+    cls.load_state_dict = _with_own_steps(cls.load_state_dict)
+    cls._set_main_param_and_optimizer_states = _without_step(cls._set_main_param_and_optimizer_states)
+    cls._anyexperts_repaired = True
