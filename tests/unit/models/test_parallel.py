@@ -4,18 +4,20 @@ from types import SimpleNamespace
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_anyexperts.models.build import build_model
 from tests.multirank import run_ranks
-from tests.unit.models.small import media_batch, small_arguments, small_config
+from tests.unit.models.small import DYNAMIC, media_batch, small_arguments, small_config
 
 ARGUMENTS = SimpleNamespace(**small_arguments())
 
 
-def start(tensor: int = 1, pipeline: int = 1) -> None:
+def start(tensor: int = 1, pipeline: int = 1, **others: int) -> None:
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor, pipeline)
+    parallel_state.initialize_model_parallel(tensor, pipeline, **others)
     model_parallel_cuda_manual_seed(1)
     torch.manual_seed(1)
 
@@ -60,6 +62,42 @@ def test_tensor_parallel_losses_and_gradients_are_those_of_one_rank():
 
 def test_sequence_parallel_losses_and_gradients_are_those_of_one_rank():
     run_ranks(compare_tensor_parallel, 2, True)
+
+
+def shards(model: torch.nn.Module) -> list[ShardedTensor]:
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    return [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+
+
+@torch.no_grad()
+def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Give `target` its part of the weights of `source`, which is not split."""
+    whole = {}
+    for shard in shards(source):
+        whole.setdefault(shard.key, torch.zeros(shard.global_shape))[shard.global_slice()] = shard.data
+    for shard in shards(target):
+        shard.data.copy_(whole[shard.key][shard.global_slice()])
+
+
+def compare_mixture(rank: int, world_size: int) -> None:
+    arguments = SimpleNamespace(**small_arguments(hybrid_layer_pattern="*-*E*E/*E"))
+    batch = media_batch()
+    batch["loss_mask"] = (batch["segment_ids"] > 0).float()
+    routing = DYNAMIC | {"mtp_num_layers": 1, "moe_shared_expert_intermediate_size": 16, "qk_layernorm": True}
+    start()
+    whole = build_model(arguments, small_config(arguments.hybrid_layer_pattern, **routing))
+    expected = whole(**batch).detach()
+    start(tensor=world_size, expert_model_parallel_size=world_size, expert_tensor_parallel_size=1)
+    sizes = {"tensor_model_parallel_size": world_size, "sequence_parallel": True}
+    sizes |= {"expert_model_parallel_size": world_size, "expert_tensor_parallel_size": 1}
+    split = build_model(arguments, small_config(arguments.hybrid_layer_pattern, **routing, **sizes))
+    copy_weights(whole, split)
+    torch.testing.assert_close(split(**batch).detach(), expected)
+
+
+def test_dynamic_experts_split_with_the_sequence_give_the_losses_of_one_rank():
+    run_ranks(compare_mixture, 2)
 
 
 def compare_pipeline_parallel(rank: int, world_size: int) -> tuple[bool, int]:
