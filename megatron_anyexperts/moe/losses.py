@@ -1,5 +1,7 @@
 """Losses of dynamic routing: balance by actual real slots, slot budget, spread of importance."""
 
+import torch
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
 
@@ -23,26 +25,28 @@ def balance_loss(scores_TE: Tensor, counts_E: Tensor, tokens: Tensor) -> Tensor:
     return per_sequence.mean()
 
 
-def masked_mean(value_T: Tensor, valid_T: Tensor | None) -> Tensor:
-    """Return the mean over valid tokens (None: all), 0 when there are none."""
-    if valid_T is None:
-        return value_T.mean()
-    return (value_T * valid_T).sum() / valid_T.sum().clamp(min=1)
+def shared_mean(values_NT: Tensor, valid_T: Tensor | None, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Return the means [N] over the valid tokens (None: all) of all ranks of `group`; 0 when there are none.
+
+    All ranks get the same value; each one's gradient is that of its own tokens, as for Megatron's balance losses.
+    """
+    valid_T = torch.ones_like(values_NT[0]) if valid_T is None else valid_T.to(values_NT.dtype)
+    sums = torch.cat((values_NT @ valid_T, valid_T.sum().unsqueeze(0)))
+    sums = reduce_from_tensor_model_parallel_region(sums, group=group)
+    return sums[:-1] / sums[-1].clamp(min=1)
 
 
-def budget_loss(soft_T: Tensor, slots_T: Tensor, target: float, span: int, valid_T: Tensor | None = None) -> Tensor:
+def budget_loss(mean_soft: Tensor, mean_slots: Tensor, target: float, span: int) -> Tensor:
     """Return ((mean slots - target) / span)^2, measured on integer slots, with the gradient of the continuous ones.
 
-    The integer count is what is computed and what the controller steers; measuring `soft_T` instead would hold the
-    two apart by the rounding (half a slot with fractional gates).
+    The integer count is what is computed and what the controller steers; measuring the continuous one instead would
+    hold the two apart by the rounding (half a slot with fractional gates).
     """
-    straight_T = slots_T + (soft_T - soft_T.detach())
-    return ((masked_mean(straight_T, valid_T) - target) / span) ** 2
+    return ((mean_slots + (mean_soft - mean_soft.detach()) - target) / span) ** 2
 
 
-def spread_loss(importance_T: Tensor, target: float, valid_T: Tensor | None = None) -> Tensor:
-    """Return max(0, 1 - std(w) / target)^2: 1 for a constant importance, 0 from a spread of `target` on."""
-    mean = masked_mean(importance_T, valid_T)
-    variance = masked_mean((importance_T - mean) ** 2, valid_T)
+def spread_loss(mean: Tensor, mean_square: Tensor, target: float) -> Tensor:
+    """Return max(0, 1 - std / target)^2 of a quantity with these moments: 1 for a constant, 0 from `target` on."""
     # Without the addend the gradient of the root would explode exactly where the loss is needed.
-    return (1 - (variance + 1e-8).sqrt() / target).clamp(min=0) ** 2
+    deviation = ((mean_square - mean**2).clamp(min=0) + 1e-8).sqrt()
+    return (1 - deviation / target).clamp(min=0) ** 2

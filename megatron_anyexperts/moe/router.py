@@ -6,13 +6,19 @@ from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import apply_biased_logits, apply_random_logits, router_gating_linear
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    apply_biased_logits,
+    apply_random_logits,
+    router_gating_linear,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_anyexperts.moe.controllers import RouterControl
 from megatron_anyexperts.moe.decision import RoutingDecision
-from megatron_anyexperts.moe.losses import balance_loss, budget_loss, spread_loss
+from megatron_anyexperts.moe.losses import balance_loss, budget_loss, shared_mean, spread_loss
 from megatron_anyexperts.moe.scores import Scores
 from megatron_anyexperts.moe.slots import (
     entry_slots,
@@ -207,26 +213,36 @@ class AnyExpertsRouter(TopKRouter):
     def _importance_losses(
         self, gates_TE: Tensor, importance_T: Tensor, soft_T: Tensor | None, slots_T: Tensor, padding_T: Tensor | None
     ) -> Tensor:
-        """Attach the budget and spread losses, each averaged over the ranks that share a microbatch."""
+        """Attach the budget and spread losses, of all tokens of the microbatch, to the gates."""
         config = self.config
-        if not (self.training and torch.is_grad_enabled() and importance_T.requires_grad):
-            return gates_TE
-        valid_T = None if padding_T is None else ~padding_T.reshape(-1)
         span = config.anyexperts_k_max - config.anyexperts_k_min
-        losses = {}
-        if config.anyexperts_budget_loss_coeff and span:
-            loss = budget_loss(soft_T, slots_T, config.anyexperts_target_slots, span, valid_T)
-            losses["slot_budget_loss"] = (config.anyexperts_budget_loss_coeff, loss)
-        if config.anyexperts_spread_loss_coeff:
-            loss = spread_loss(importance_T, config.anyexperts_spread_target, valid_T)
-            losses["importance_spread_loss"] = (config.anyexperts_spread_loss_coeff, loss)
-        for name, (coeff, loss) in losses.items():
-            gates_TE = self.attach_and_log_load_balancing_loss(
-                gates_TE,
-                coeff,
-                coeff * loss / self.tp_cp_group.size(),
-                name,
-                self.tp_cp_group,
-                valid_token_count=None if valid_T is None else valid_T.sum(),
-            )
+        budget = config.anyexperts_budget_loss_coeff if span else 0.0
+        spread = config.anyexperts_spread_loss_coeff
+        active = self.training and torch.is_grad_enabled() and importance_T.requires_grad
+        if not (active and (budget or spread)):
+            return gates_TE
+        # Moments about 0.5, where importance starts, keep digits of a small variance.
+        rows = [importance_T - 0.5, (importance_T - 0.5) ** 2]
+        if budget:
+            rows += [soft_T, slots_T.to(soft_T.dtype)]
+        valid_T = None if padding_T is None else ~padding_T.reshape(-1)
+        means = shared_mean(torch.stack(rows), valid_T, self.tp_cp_group)
+        if budget:
+            loss = budget_loss(means[2], means[3], config.anyexperts_target_slots, span)
+            gates_TE = self._attach(gates_TE, "slot_budget_loss", budget, loss, valid_T)
+        if spread:
+            loss = spread_loss(means[0], means[1], config.anyexperts_spread_target)
+            gates_TE = self._attach(gates_TE, "importance_spread_loss", spread, loss, valid_T)
         return gates_TE
+
+    def _attach(self, gates_TE: Tensor, name: str, coeff: float, loss: Tensor, valid_T: Tensor | None) -> Tensor:
+        """Attach a loss that is the same on all ranks of a microbatch; `attach_and_log_load_balancing_loss` sums."""
+        config = self.config
+        layers = config.num_layers + (config.mtp_num_layers or 0)
+        number = self.layer_number + (config.num_layers if self.is_mtp_layer else 0)
+        get_moe_metrics_tracker().record(name, loss, number, layers, avg_group=self.tp_cp_group)
+        if self.calculate_per_token_loss:
+            # Megatron then divides all gradients by the tokens of the global batch.
+            tokens = len(gates_TE) if valid_T is None else valid_T.sum()
+            loss = loss * tokens * self.tp_cp_group.size()
+        return MoEAuxLossAutoScaler.apply(gates_TE, coeff * loss)

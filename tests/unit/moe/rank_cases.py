@@ -1,0 +1,164 @@
+"""What single ranks run in the multi-rank tests of the layer."""
+
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module, MegatronModule
+
+from megatron_anyexperts.moe.layer import AnyExpertsMoELayer
+from tests.unit.moe.builders import HIDDEN, config, layer
+
+TOKENS, ROWS = 16, 4
+DYNAMIC = {
+    "anyexperts_k_min": 2,
+    "anyexperts_k_max": 6,
+    "anyexperts_rho_max": 0.35,
+    "anyexperts_target_slots": 3.5,
+    "anyexperts_target_real": 3.0,
+    "anyexperts_learn_alpha": True,
+    "anyexperts_virtual_kind": "constant",
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_z_loss_coeff": 0.01,
+}
+# Not linear in the tokens of a microbatch, hence equal only where the ranks share one (tensor parallelism).
+SHARED_LOSSES = {
+    "anyexperts_spread_loss_coeff": 0.1,
+    "anyexperts_budget_loss_coeff": 0.1,
+    "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss", "global_aux_loss"],
+    "moe_aux_loss_coeff": [0.1, 0.2, 0.3],
+}
+
+
+class Net(MegatronModule):
+    """One residual mixture layer."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.layer = layer(cfg)
+
+    def forward(self, x):
+        return x + self.layer(x)[0]
+
+
+def start(tensor: int = 1, expert: int = 1, **options) -> Net:
+    """Set up process groups and build the same model in every layout."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor, expert_model_parallel_size=expert, expert_tensor_parallel_size=1
+    )
+    model_parallel_cuda_manual_seed(1)
+    cfg = config(
+        tensor_model_parallel_size=tensor,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=tensor > 1,
+        **(DYNAMIC | options),
+    )
+    net = Net(cfg)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in sorted(net.named_parameters()):
+            if ".experts." in name:
+                number = int(name.split(".")[name.split(".").index("local_experts") + 1])
+                generator = torch.Generator().manual_seed(100 + net.layer.local_expert_indices[number])
+                parameter.normal_(std=0.1, generator=generator)
+            else:
+                parameter.normal_(std=0.3)
+    return net
+
+
+def wrap(net: Net, **ddp) -> DistributedDataParallel:
+    inner = Float16Module(net.config, net) if net.config.bf16 else net
+    return DistributedDataParallel(net.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, **ddp), inner)
+
+
+def local_batch(step: int) -> torch.Tensor:
+    """This rank's rows (data parallel) and part of the sequence (tensor parallel) of one global batch."""
+    full = torch.randn(TOKENS, ROWS, HIDDEN, generator=torch.Generator().manual_seed(step))
+    rows = full.chunk(parallel_state.get_data_parallel_world_size(), dim=1)[parallel_state.get_data_parallel_rank()]
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    return rows.chunk(tensor, dim=0)[parallel_state.get_tensor_model_parallel_rank()].contiguous()
+
+
+def train(model: DistributedDataParallel, steps: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Forward, backward and Megatron's gradient finalisation, no optimizer; return each step's controller state."""
+    states = []
+    for step in range(steps):
+        model.zero_grad_buffer()
+        x = local_batch(step).to(dtype)
+        shards = parallel_state.get_tensor_model_parallel_world_size()
+        loss = model(x).float().square().sum() / (TOKENS * ROWS)
+        # The gradient is averaged over data-parallel ranks and summed over sequence shards.
+        (loss * (parallel_state.get_data_parallel_world_size() if shards == 1 else 1)).backward()
+        model.config.finalize_model_grads_func([model])
+        control = mixture(model).router.control
+        states.append(torch.cat((control.slot_offset, control.virtual_bias, mixture(model).router.expert_bias)).clone())
+    return states
+
+
+def mixture(model) -> AnyExpertsMoELayer:
+    return next(module for module in model.modules() if isinstance(module, AnyExpertsMoELayer))
+
+
+def dense_gradients(model) -> dict[str, torch.Tensor]:
+    return {
+        name.split("layer.")[-1]: parameter.main_grad.clone()
+        for name, parameter in model.named_parameters()
+        if ".experts." not in name
+    }
+
+
+LAYOUTS = {"dp2": (1, 1, {}), "ep2": (1, 2, {}), "tp2": (2, 1, SHARED_LOSSES), "tp2ep2": (2, 2, SHARED_LOSSES)}
+
+
+def gradients_and_states(tensor: int, expert: int, options: dict) -> tuple:
+    model = wrap(start(tensor, expert, **options))
+    states = train(model, 3)
+    result = dense_gradients(model), states
+    parallel_state.destroy_model_parallel()
+    return result
+
+
+def reference(rank: int, world_size: int) -> list[tuple]:
+    return [gradients_and_states(1, 1, options) for options in ({}, SHARED_LOSSES)]
+
+
+def all_layouts(rank: int, world_size: int) -> dict[str, tuple]:
+    return {name: gradients_and_states(*layout) for name, layout in LAYOUTS.items()}
+
+
+def save_and_load(rank: int, world_size: int, folder: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Controller state as saved and as loaded by another layout, for EP 2 -> 1 and 1 -> 2."""
+    pairs = []
+    for saved, loaded in ((2, 1), (1, 2)):
+        model = wrap(start(1, saved))
+        states = train(model, 3)
+        target = Path(folder, str(saved))
+        if rank == 0:
+            target.mkdir()
+        torch.distributed.barrier()
+        dist_checkpointing.save(mixture(model).sharded_state_dict(), str(target))
+        parallel_state.destroy_model_parallel()
+
+        net = start(1, loaded)
+        net.layer.load_state_dict(dist_checkpointing.load(net.layer.sharded_state_dict(), str(target)))
+        router = net.layer.router
+        restored = torch.cat((router.control.slot_offset, router.control.virtual_bias, router.expert_bias))
+        pairs.append((states[-1], restored.clone()))
+        parallel_state.destroy_model_parallel()
+    return pairs
+
+
+def bf16_training(rank: int, world_size: int) -> dict[str, torch.dtype]:
+    """Dtypes after three steps of a bf16 model."""
+    model = wrap(start(1, 2, bf16=True, params_dtype=torch.bfloat16))
+    states = train(model, 3, torch.bfloat16)
+    assert states[-1].abs().min() > 0
+    layer_ = mixture(model)
+    seen = {name: parameter.dtype for name, parameter in layer_.named_parameters() if ".experts." not in f".{name}"}
+    seen |= {name: buffer.dtype for name, buffer in layer_.named_buffers()}
+    parallel_state.destroy_model_parallel()
+    return seen

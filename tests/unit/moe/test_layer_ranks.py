@@ -1,0 +1,46 @@
+"""The layer on several ranks, under Megatron's DDP and gradient finalisation."""
+
+import pytest
+import torch
+
+from tests.multirank import run_ranks
+from tests.unit.moe import rank_cases
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return run_ranks(rank_cases.reference, 1)[0], run_ranks(rank_cases.all_layouts, 2)
+
+
+@pytest.mark.parametrize("layout", rank_cases.LAYOUTS)
+def test_gradients_and_controllers_are_those_of_one_rank(runs, layout):
+    reference, ranks = runs
+    gradients, states = reference[bool(rank_cases.LAYOUTS[layout][2])]
+    for mine, mine_states in (rank[layout] for rank in ranks):
+        for state, other in zip(states, mine_states, strict=True):
+            torch.testing.assert_close(other, state, rtol=1e-5, atol=1e-6)
+        assert mine.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("layout", rank_cases.LAYOUTS)
+def test_controllers_are_bit_equal_on_all_ranks(runs, layout):
+    first, second = (rank[layout][1] for rank in runs[1])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_controller_state_survives_saving_and_another_layout(tmp_path):
+    for pairs in run_ranks(rank_cases.save_and_load, 2, str(tmp_path)):
+        for saved, restored in pairs:
+            assert saved.abs().min() > 0
+            assert torch.equal(saved, restored)
+
+
+def test_a_bf16_model_keeps_importance_and_controllers_in_fp32():
+    for dtypes in run_ranks(rank_cases.bf16_training, 2):
+        wide = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+        assert {name for name in dtypes if name.startswith("importance.")} <= wide
+        assert {"router.control.slot_offset", "router.control.virtual_bias", "router.expert_bias"} <= wide
+        assert dtypes["router.weight"] == dtypes["router.virtual_weight"] == torch.bfloat16
+        assert dtypes["router.control.counts"] == torch.int64
