@@ -9,6 +9,7 @@ Result, moved into place only when complete:
     images/<topic>/<name>.png + <name>.json     captions by language, {"en": "A lion.", "fr": ...}
     speech/<language>/<topic>/<name>.ogg + .txt  what is said
     text/{topics,docstrings}/<name>.txt          one document each
+    video/<number>.mp4 + <number>.json           with --videos: the camera moves over a picture, captions as above
     SOURCE.json                                  where it came from, how much there is
 """
 
@@ -147,7 +148,35 @@ def write_fallback_images(output: Path, counts: Counter) -> None:
     counts["images"] += len(pictures)
 
 
-def fetch(output: Path, offline: bool) -> dict:
+def write_videos(output: Path, number: int, counts: Counter) -> None:
+    """Encode short videos in which the camera moves closer to a picture, with the picture's captions."""
+    from fractions import Fraction
+
+    import av
+    from PIL import Image
+
+    folder, frames, side = output / "video", 12, 96
+    folder.mkdir()
+    for index, path in enumerate(sorted((output / "images").rglob("*.png"))[:number]):
+        with Image.open(path) as picture:
+            rgba = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        with av.open(str(folder / f"{index:05d}.mp4"), "w", container_options={"fflags": "+bitexact"}) as video:
+            stream = video.add_stream("mpeg4", rate=8, options={"threads": "1", "flags": "+bitexact"})
+            stream.width = stream.height = side
+            stream.pix_fmt = "yuv420p"
+            for step in range(frames):
+                margin = [round(size * 0.3 * step / frames) for size in picture.size]
+                box = (*margin, picture.width - margin[0], picture.height - margin[1])
+                frame = av.VideoFrame.from_image(picture.resize((side, side), box=box))
+                frame.pts, frame.time_base = step, Fraction(1, 8)
+                video.mux(stream.encode(frame))
+            video.mux(stream.encode(None))
+        shutil.copyfile(path.with_suffix(".json"), folder / f"{index:05d}.json")
+        counts["videos"] += 1
+
+
+def fetch(output: Path, offline: bool, videos: int) -> dict:
     """Fill `output` unless it is complete already; return the content of its SOURCE.json."""
     source = output / "SOURCE.json"
     if source.is_file():
@@ -173,6 +202,8 @@ def fetch(output: Path, offline: bool) -> dict:
             write_fallback_images(result, counts)
             origin = f"fallback from Python packages: digits, rendered text, prose of Python {sys.version.split()[0]}"
         write_prose(result, counts)
+        if videos:
+            write_videos(result, videos, counts)
         summary = {"origin": origin, "counts": dict(counts)}
         (result / "SOURCE.json").write_text(json.dumps(summary, indent=1))
         if output.exists():
@@ -185,8 +216,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to create; reused when complete")
     parser.add_argument("--offline", action="store_true", help="do not try the network: make the fallback data at once")
+    parser.add_argument("--videos", type=int, default=0, help="videos to make of the pictures (default: 0)")
     args = parser.parse_args()
-    summary = fetch(args.output, args.offline)
+    summary = fetch(args.output, args.offline, args.videos)
     print(f"{args.output}: {summary['origin']}")
     for name, count in summary["counts"].items():
         print(f"  {count:6d} {name}")

@@ -58,6 +58,7 @@ def probe(media: Media, limits: Limits) -> Facts:
 
 
 def _probe_image(media: Media, limits: Limits) -> Facts:
+    Image.MAX_IMAGE_PIXELS = limits.max_pixels
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -67,6 +68,8 @@ def _probe_image(media: Media, limits: Limits) -> Facts:
             image.load()
     except Rejected:
         raise
+    except Image.DecompressionBombError as error:
+        raise Rejected("too many pixels", _short(error)) from None
     except Exception as error:  # decoders raise whatever a hostile file provokes in them
         raise Rejected("unreadable image", _short(error)) from None
     return Facts("image", IMAGE_FORMATS[image.format], width, height, frames=1)

@@ -48,7 +48,7 @@ def check(sample: Sample, limits: Limits) -> list[Facts]:
         Rejected: the first thing that is wrong with it.
     """
     try:
-        "".join(sample.texts()).encode("utf-8")
+        json.dumps(sample.fields, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         raise Rejected("text is not Unicode", str(error)[:200]) from None
     length = sum(len(text.strip()) for text in sample.texts())

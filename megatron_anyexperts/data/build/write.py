@@ -48,7 +48,8 @@ def document(sample: Sample, facts: list[Facts]) -> tuple[dict[str, Any], dict[s
         known = {"width": fact.width, "height": fact.height, "seconds": fact.seconds, "frames": fact.frames}
         fields |= {name: value for name, value in known.items() if value and (name, fact.type) != ("frames", "image")}
     fields["media"] = names
-    fields["origin"] = sample.origin
+    # Names of files need not be Unicode.
+    fields["origin"] = sample.origin.encode("utf-8", "backslashreplace").decode()
     return fields, {name: media.data for name, media in zip(names, sample.media, strict=True)}
 
 

@@ -92,14 +92,18 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
         Rejected: missing, no regular file, unreadable, or larger than `max_bytes`.
     """
     try:
+        # Opening a pipe would wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
+        try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise Rejected("not a regular file")
             if status.st_size > max_bytes:
                 raise Rejected("too many bytes", f"{status.st_size} bytes, limit {max_bytes}")
-            return file.read(max_bytes)
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read(max_bytes)
+        finally:
+            os.close(descriptor)
     except (OSError, ValueError) as error:
         reason = "missing file" if isinstance(error, FileNotFoundError) else "unreadable file"
         raise Rejected(reason, str(error)[:200]) from None
