@@ -1,0 +1,279 @@
+"""Load of the expert ranks under skewed routing: dispatch cap against stock dropless, capacity dropping, expert bias.
+
+    python benchmarks/dispatch_balance.py                  # EP 2 and 4 on real processes, 8, 64 and 256 by the planner
+    python benchmarks/dispatch_balance.py --ep 2 64 --steps 8
+
+All methods see the same logits in the same run. `max/mean` is the fullest rank over the mean, the worst of all steps.
+
+- dropless: top-k as it is, Megatron's default.
+- capacity: Megatron's `apply_router_token_dropping` with capacity factor 1 + eps; `dropped` slots are lost.
+- bias: expert bias (aux-loss-free), moved by `--bias-rate` per step against each expert's excess, after
+  `--bias-steps` warm-up steps on the same workload whose rate falls from 0.05 to that.
+- cap: this project's dispatcher; rerouted slots go to another expert, virtual ones stay local, none is dropped.
+
+EP 2 and 4 run `SlotDispatcher` on as many processes; larger EP run the same planning and rerouting functions for every
+source in one process. Plan time is CPU time of planning one layer on one rank (fastest of 20).
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
+from torch import Tensor
+
+from megatron_anyexperts.config import AnyExpertsConfig
+from megatron_anyexperts.moe.decision import RoutingDecision
+from megatron_anyexperts.moe.dispatcher import SlotDispatcher
+from megatron_anyexperts.moe.quotas import plan_dispatch, slot_cap
+from megatron_anyexperts.moe.reroute import fit_to_plan
+from megatron_anyexperts.platform import cpu
+
+WORKLOADS = (
+    "balanced",
+    "hot experts",
+    "hot rank",
+    "spread hot experts",
+    "ragged sources",
+    "an empty rank",
+    "rotating hotspot",
+    "burst",
+)
+REAL_PROCESSES = (2, 4)
+HIDDEN = 16
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One expert-parallel size: `ranks` sources of about `tokens` tokens each, top-`k` of `experts`."""
+
+    ranks: int
+    experts: int
+    k: int
+    tokens: int
+
+    @classmethod
+    def of(cls, ranks: int) -> "Setting":
+        return cls(ranks, 16, 4, 1024) if ranks < 8 else cls(ranks, 256, 8, max(64, 4096 // ranks))
+
+
+def logits(setting: Setting, workload: str, step: int, source: int) -> Tensor:
+    """[T, E] router logits of one source: unit noise, plus what makes the workload skewed."""
+    generator = torch.Generator().manual_seed(1_000_003 * step + 1009 * source + WORKLOADS.index(workload))
+    local = setting.experts // setting.ranks
+    tokens = setting.tokens
+    if workload == "ragged sources":
+        tokens = tokens // 4 + tokens * 3 * source // (2 * max(1, setting.ranks - 1))
+    if workload == "an empty rank" and source == 0:
+        tokens = 0
+    push_E = torch.zeros(setting.experts)
+    if workload in ("hot experts", "ragged sources", "an empty rank"):
+        push_E[: setting.experts // 8] = 1.0
+    elif workload == "hot rank":
+        push_E[:local] = 1.5
+    elif workload == "spread hot experts":
+        push_E[::8] = 1.0
+    elif workload == "rotating hotspot":
+        hot = step % setting.ranks * local
+        push_E[hot : hot + local] = 1.5
+    elif workload == "burst" and step == 1:
+        push_E[:local] = 4.0
+    return torch.randn(tokens, setting.experts, generator=generator) + push_E
+
+
+def route(logits_TE: Tensor, k: int, bias_E: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """Sigmoid scores and the routing map of their top-k; the bias only selects."""
+    score_TE = torch.sigmoid(logits_TE)
+    chosen = (score_TE + bias_E).topk(k, dim=1).indices
+    return score_TE, torch.zeros_like(score_TE, dtype=torch.bool).scatter_(1, chosen, True)
+
+
+def decision_of(setting: Setting, workload: str, step: int, source: int) -> RoutingDecision:
+    score_TE, routed_TE = route(logits(setting, workload, step, source), setting.k)
+    importance_T = score_TE.mean(1)
+    slots_T = torch.full_like(importance_T, setting.k, dtype=torch.int64)
+    return RoutingDecision(score_TE * routed_TE, routed_TE, None, importance_T, slots_T, score_TE * ~routed_TE)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step under the cap: slots the fullest rank received, and what became of the slots routed."""
+
+    fullest: int
+    routed: int
+    received: int
+    rerouted: int
+    virtual: int
+
+    @property
+    def lost(self) -> int:
+        return self.routed - self.received - self.virtual
+
+
+def over_mean(counts_E: Tensor, ranks: int) -> float:
+    load_P = counts_E.view(ranks, -1).sum(1)
+    return (load_P.max() / load_P.double().mean()).item()
+
+
+@dataclass
+class Row:
+    """Worst max over mean of each method, and shares of slots moved or lost over all steps."""
+
+    dropless: float = 0.0
+    capacity: float = 0.0
+    dropped: float = 0.0
+    bias: float = 0.0
+    cap: float = 0.0
+    rerouted: float = 0.0
+    virtual: float = 0.0
+    lost: float = 0.0
+
+
+def peers(setting: Setting, workload: str, options: argparse.Namespace) -> Row:
+    """What Megatron's own means give on the same logits."""
+    row, dropped, total = Row(), 0, 0
+    bias_E = torch.zeros(setting.experts)
+    for step in range(-options.bias_steps, options.steps):
+        all_logits = [logits(setting, workload, step % 1000, source) for source in range(setting.ranks)]
+        counts_E = route(torch.cat(all_logits), setting.k, bias_E)[1].sum(0)
+        if step >= 0:
+            row.bias = max(row.bias, over_mean(counts_E, setting.ranks))
+            kept_E = torch.zeros(setting.experts, dtype=torch.int64)
+            demand_E = kept_E.clone()
+            for source_logits in all_logits:
+                score_TE, routed_TE = route(source_logits, setting.k)
+                demand_E += routed_TE.sum(0)
+                if len(source_logits):
+                    _, kept_TE = apply_router_token_dropping(
+                        score_TE * routed_TE, routed_TE, setting.k, 1 + options.eps, "probs"
+                    )
+                    kept_E += kept_TE.sum(0)
+            row.dropless = max(row.dropless, over_mean(demand_E, setting.ranks))
+            row.capacity = max(row.capacity, over_mean(kept_E, setting.ranks))
+            dropped += (demand_E - kept_E).sum().item()
+            total += demand_E.sum().item()
+        left = max(0.0, -step / options.bias_steps)
+        rate = options.bias_rate * (0.05 / options.bias_rate) ** left
+        bias_E += rate * torch.sign(counts_E.double().mean() - counts_E)
+    row.dropped = dropped / total
+    return row
+
+
+def planned_step(setting: Setting, workload: str, step: int, eps: float) -> Step:
+    """Plan and reroute for all sources in this process."""
+    decisions = [decision_of(setting, workload, step, source) for source in range(setting.ranks)]
+    demand_SP = torch.stack([d.routing_map_TE.sum(0).view(setting.ranks, -1).sum(1) for d in decisions])
+    plan = plan_dispatch(demand_SP, slot_cap(demand_SP.sum(), setting.ranks, eps))
+    fitted = [fit_to_plan(d, plan.quota_SP[i], plan.room_SP[i], setting.k) for i, d in enumerate(decisions)]
+    load_P = sum(fit.routing_map_TE.sum(0) for fit in fitted).view(setting.ranks, -1).sum(1)
+    assert load_P.max() <= plan.cap
+    rerouted, virtual = (sum(getattr(fit, name) for fit in fitted).item() for name in ("rerouted", "displaced"))
+    return Step(load_P.max().item(), demand_SP.sum().item(), load_P.sum().item(), rerouted, virtual)
+
+
+def _dispatch_on_rank(rank: int, setting: Setting, options: argparse.Namespace, folder: str) -> None:
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", CUDA_DEVICE_MAX_CONNECTIONS="1")
+    torch.set_num_threads(1)
+    cpu.bridge()
+    init = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=setting.ranks)
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=setting.ranks)
+    config = AnyExpertsConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=1,
+        num_moe_experts=setting.experts,
+        moe_router_topk=setting.k,
+        moe_token_dispatcher_type="alltoall",
+        add_bias_linear=False,
+        anyexperts_dispatch_eps=options.eps,
+    )
+    local = setting.experts // setting.ranks
+    groups = ProcessGroupCollection.use_mpu_process_groups(["ep", "expt_tp", "tp_ep"])
+    dispatcher = SlotDispatcher(config, local, list(range(rank * local, (rank + 1) * local)), groups)
+    steps = {}
+    for workload in WORKLOADS:
+        for step in range(options.steps):
+            decision = decision_of(setting, workload, step, rank)
+            sent = dispatcher.dispatch(torch.ones(len(decision.gates_TE), HIDDEN), decision)
+            mine = torch.tensor([decision.routing_map_TE.sum(), len(sent.expert_input)])
+            everyone = [torch.empty_like(mine) for _ in range(setting.ranks)]
+            torch.distributed.all_gather(everyone, mine)
+            routed, received = torch.stack(everyone).unbind(1)
+            assert received.max() <= sent.load.cap
+            moved = sent.load.rerouted.item(), sent.load.displaced.item()
+            steps[workload, step] = Step(received.max().item(), routed.sum().item(), received.sum().item(), *moved)
+    if rank == 0:
+        torch.save(steps, Path(folder, "steps.pt"))
+    torch.distributed.destroy_process_group()
+
+
+def real_steps(setting: Setting, options: argparse.Namespace) -> dict[tuple[str, int], Step]:
+    """Dispatch on real processes; slots are counted in the buffers that arrive."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_dispatch_on_rank, (setting, options, folder), nprocs=setting.ranks)
+        return torch.load(Path(folder, "steps.pt"), weights_only=False)
+
+
+def plan_milliseconds(setting: Setting) -> float:
+    """CPU time to plan one layer from the gathered [P, E] counts of the workload `hot rank`."""
+    counts_SE = torch.stack(
+        [decision_of(setting, "hot rank", 0, source).routing_map_TE.sum(0) for source in range(setting.ranks)]
+    )
+    fastest = float("inf")
+    for _ in range(20):
+        start = time.thread_time()
+        demand_SP = counts_SE.view(setting.ranks, setting.ranks, -1).sum(2)
+        plan_dispatch(demand_SP, slot_cap(demand_SP.sum(), setting.ranks, 0.05))
+        fastest = min(fastest, time.thread_time() - start)
+    return 1000 * fastest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ep", type=int, nargs="+", default=[2, 4, 8, 64, 256], help="expert-parallel sizes")
+    parser.add_argument("--eps", type=float, default=0.05, help="allowed excess over the mean")
+    parser.add_argument("--steps", type=int, default=3, help="steps measured per workload")
+    parser.add_argument("--bias-steps", type=int, default=24, help="warm-up steps of the expert bias")
+    parser.add_argument("--bias-rate", type=float, default=0.001, help="step of the expert bias")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"max over mean load of expert ranks, worst of {options.steps} steps; eps = {options.eps}")
+    for ranks in options.ep:
+        setting = Setting.of(ranks)
+        real = real_steps(setting, options) if ranks in REAL_PROCESSES else None
+        print(
+            f"\nEP {ranks}, {setting.experts} experts, top-{setting.k}, {setting.tokens} tokens per rank, "
+            f"{'real processes' if real else 'planner alone'}; plan {plan_milliseconds(setting):.2f} ms"
+        )
+        print(
+            f"{'workload':20} {'dropless':>9} {'capacity':>9} {'dropped':>8} {'bias':>7} {'cap':>6} "
+            f"{'rerouted':>9} {'virtual':>8} {'dropped':>8} {'dropless/cap':>13}"
+        )
+        for workload in WORKLOADS:
+            row = peers(setting, workload, options)
+            steps = [
+                real[workload, step] if real else planned_step(setting, workload, step, options.eps)
+                for step in range(options.steps)
+            ]
+            routed = sum(step.routed for step in steps)
+            row.cap = max(step.fullest * ranks / step.routed for step in steps)
+            row.rerouted, row.virtual, row.lost = (
+                sum(getattr(step, name) for step in steps) / routed for name in ("rerouted", "virtual", "lost")
+            )
+            print(
+                f"{workload:20} {row.dropless:9.3f} {row.capacity:9.3f} {row.dropped:8.1%} {row.bias:7.3f} "
+                f"{row.cap:6.3f} {row.rerouted:9.1%} {row.virtual:8.2%} {row.lost:8.1%} "
+                f"{row.dropless / row.cap:13.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
