@@ -20,10 +20,13 @@ def begin(args: argparse.Namespace) -> int:
     sealed = newest_sealed(run.checkpoints)
     history = restarts.attempts(runlog.read_events(run), sealed)
     reason = history[-1].reason if history else "first start"
-    runlog.append_event(run, "attempt", reason=reason, iteration=sealed, restart=args.restart, job=args.job,
-                        nodes=args.nodes)
-    print(f"attempt: SLURM_RESTART_COUNT={args.restart}, reason: {reason}, newest checkpoint: {sealed}, "
-          f"nodes: {','.join(args.nodes)}")
+    runlog.append_event(
+        run, "attempt", reason=reason, iteration=sealed, restart=args.restart, job=args.job, nodes=args.nodes
+    )
+    print(
+        f"attempt: SLURM_RESTART_COUNT={args.restart}, reason: {reason}, newest checkpoint: {sealed}, "
+        f"nodes: {','.join(args.nodes)}"
+    )
     return 0
 
 
@@ -32,15 +35,19 @@ def end(args: argparse.Namespace) -> int:
     run = Run(args.run)
     errors = args.step_errors.read_text(encoding="utf-8", errors="replace") if args.step_errors.exists() else ""
     sealed = newest_sealed(run.checkpoints)
-    verdict = restarts.decide(runlog.read_events(run), sealed, args.exit_code, args.signalled or None,
-                              args.max_failures)
-    detail = restarts.first_failure(errors) if verdict.reason.startswith("crash") else {}
-    if detail:
-        detail["stack"] = last_stack(run, detail["rank"])
-        print(f"rank {detail['rank']} on {detail['node']} failed first: {detail['cause']}\n"
-              f"{detail['stack'] or '(it left no stack)'}", file=sys.stderr)
-    reason = verdict.reason + (f", rank {detail['rank']} on {detail['node']}: {detail['cause']}" if detail else "")
-    runlog.append_event(run, "exit", reason=reason, iteration=sealed, restart=args.restart, **detail)
+    failure = restarts.first_failure(errors)
+    verdict = restarts.decide(
+        runlog.read_events(run), sealed, args.exit_code, args.signalled or None, args.max_failures, failure
+    )
+    detail = {}
+    if verdict.reason.startswith("crash") and failure:
+        detail = failure | {"stack": last_stack(run, failure["rank"])}
+        print(
+            f"rank {failure['rank']} on {failure['node']} failed first: {failure['cause']}\n"
+            f"{detail['stack'] or '(it left no stack)'}",
+            file=sys.stderr,
+        )
+    runlog.append_event(run, "exit", reason=verdict.reason, iteration=sealed, restart=args.restart, **detail)
     if verdict.action is restarts.Action.STOP:
         runlog.append_event(run, "stop", summary=verdict.summary)
     print(verdict.summary, file=sys.stderr)
@@ -50,8 +57,9 @@ def end(args: argparse.Namespace) -> int:
 
 def watch(args: argparse.Namespace) -> int:
     """Guard a training step until it ends."""
-    return watch_step(Run(args.run), args.ranks, Patience(args.hang_s, args.start_s), args.srun_pid, args.job,
-                      args.step_name)
+    return watch_step(
+        Run(args.run), args.ranks, Patience(args.hang_s, args.start_s), args.srun_pid, args.job, args.step_name
+    )
 
 
 def probe(args: argparse.Namespace) -> int:
@@ -73,11 +81,17 @@ def judge_bandwidth(args: argparse.Namespace) -> int:
     """Judge what `all-reduce` printed on all nodes; print the fit nodes, or fail with one line."""
     run = Run(args.run)
     records = preflight.collect(args.reports.read_text(encoding="utf-8"))
-    bad = {node: "did not finish the all-reduce" for node in args.nodes
-           if node not in {record["node"] for record in records}}
+    bad = {
+        node: "did not finish the all-reduce"
+        for node in args.nodes
+        if node not in {record["node"] for record in records}
+    }
     if not bad:
-        print(f"preflight: all-reduce between {len(records)} nodes at {records[0]['all_reduce']:.2f} GB/s of bus "
-              "bandwidth", file=sys.stderr)
+        print(
+            f"preflight: all-reduce between {len(records)} nodes at {records[0]['all_reduce']:.2f} GB/s of bus "
+            "bandwidth",
+            file=sys.stderr,
+        )
         bad = bandwidth.slow_nodes({record["node"]: record["pair"] for record in records}, args.least_rate)
     return _choose(run, args.nodes, bad, args.least)
 
@@ -185,5 +199,5 @@ def _parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     words = sys.argv[1:]
     split = words.index("--") if "--" in words else len(words)  # what follows is the training command, not ours
-    arguments = _parser().parse_args(words[:split], argparse.Namespace(training=words[split + 1:]))
+    arguments = _parser().parse_args(words[:split], argparse.Namespace(training=words[split + 1 :]))
     sys.exit(arguments.action(arguments))

@@ -18,8 +18,8 @@ def measure(timeout_s: float, mebibytes: int | None = None) -> dict[str, object]
         mebibytes: size of the buffer; by default 256 on GPUs and 16 without.
 
     Returns:
-        {"node", "all_reduce": GB/s of bus bandwidth, "pair": the better GB/s of this node's two pairs}. Bus bandwidth is
-        bytes x 2 (n - 1) / n / seconds, so that it does not depend on the number of nodes.
+        {"node", "all_reduce": GB/s of bus bandwidth, "pair": the better GB/s of this node's two pairs}. Bus bandwidth
+        is bytes x 2 (n - 1) / n / seconds, so that it does not depend on the number of nodes.
     """
     import torch
     import torch.distributed as dist
@@ -62,8 +62,10 @@ def pairings(world: int) -> list[list[tuple[int, int]]]:
 
     A single pair makes one round, since a second would measure the same.
     """
-    rounds = [[(rank, rank + 1) for rank in range(0, world - 1, 2)],
-              [(rank, (rank + 1) % world) for rank in range(1, world - (world % 2), 2)]]
+    rounds = [
+        [(rank, rank + 1) for rank in range(0, world - 1, 2)],
+        [(rank, (rank + 1) % world) for rank in range(1, world - (world % 2), 2)],
+    ]
     return rounds[:1] if world == 2 else [pairs for pairs in rounds if pairs]
 
 

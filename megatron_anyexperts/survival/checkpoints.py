@@ -19,8 +19,22 @@ from .manifest import (
     write_durably,
 )
 
-__all__ = ["NoUsableCheckpoint", "Room", "Selection", "discard", "expendable", "newest_sealed", "prepare_resume",
-           "prune", "repoint_tracker", "room_for_save", "seal", "sealed_iterations", "select_resume", "verify"]
+__all__ = [
+    "NoUsableCheckpoint",
+    "Room",
+    "Selection",
+    "discard",
+    "expendable",
+    "newest_sealed",
+    "prepare_resume",
+    "prune",
+    "repoint_tracker",
+    "room_for_save",
+    "seal",
+    "sealed_iterations",
+    "select_resume",
+    "verify",
+]
 
 _DOOMED = "deleting-"
 _DAMAGED = "damaged-"
@@ -69,7 +83,8 @@ def select_resume(save_dir: Path, hashes: bool = True) -> Selection:
     if sealed_iterations(save_dir):
         raise NoUsableCheckpoint(
             f"no checkpoint in {save_dir} is intact ({Selection(None, tuple(skipped))}); restore one from a backup, "
-            "or move them away to start from scratch")
+            "or move them away to start from scratch"
+        )
     return Selection(None, tuple(skipped))
 
 

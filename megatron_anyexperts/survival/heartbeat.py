@@ -43,8 +43,14 @@ class Heartbeat:
         if phase == self._phase and now - self._written < _MIN_INTERVAL_S:
             return
         self._phase, self._written = phase, now
-        record = {"rank": self._rank, "iteration": iteration, "phase": phase, "time": round(time.time(), 3),
-                  "node": os.environ.get("SLURMD_NODENAME", socket.gethostname()), "pid": os.getpid()}
+        record = {
+            "rank": self._rank,
+            "iteration": iteration,
+            "phase": phase,
+            "time": round(time.time(), 3),
+            "node": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+            "pid": os.getpid(),
+        }
         try:
             self._path.write_text(json.dumps(record), encoding="utf-8")
         except OSError as error:

@@ -27,10 +27,15 @@ class Shape:
         def number(name: str, default: int | None = 1) -> int | None:
             return int(flags[name]) if name in flags else default
 
-        return cls(number("tensor-model-parallel-size"), number("pipeline-model-parallel-size"),
-                   number("context-parallel-size"), number("expert-model-parallel-size"),
-                   number("global-batch-size", None), number("micro-batch-size"),
-                   number("data-streams", None))
+        return cls(
+            number("tensor-model-parallel-size"),
+            number("pipeline-model-parallel-size"),
+            number("context-parallel-size"),
+            number("expert-model-parallel-size"),
+            number("global-batch-size", None),
+            number("micro-batch-size"),
+            number("data-streams", None),
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,8 @@ def fit(available: int, ranks_per_node: int, shape: Shape, minimum: int = 1) -> 
     raise ValueError(
         f"no layout for {minimum} to {available} nodes of {ranks_per_node} ranks: ranks must be a multiple of "
         f"{model} (tensor x pipeline x context), and the data-parallel size must divide "
-        f"global batch {shape.global_batch} / micro batch {shape.micro_batch} and {shape.data_streams} data streams")
+        f"global batch {shape.global_batch} / micro batch {shape.micro_batch} and {shape.data_streams} data streams"
+    )
 
 
 def read_flags(words: list[str], config_text: str = "") -> dict[str, str]:

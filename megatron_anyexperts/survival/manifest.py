@@ -40,14 +40,18 @@ def is_sealed(checkpoint_dir: Path) -> bool:
 
 def sealed_iterations(save_dir: Path) -> list[int]:
     """Iterations whose checkpoint is sealed, ascending; does not verify them."""
-    return [iteration for iteration in saved_iterations(save_dir)
-            if is_sealed(iteration_directory(save_dir, iteration))]
+    return [
+        iteration for iteration in saved_iterations(save_dir) if is_sealed(iteration_directory(save_dir, iteration))
+    ]
 
 
 def payload_files(checkpoint_dir: Path) -> list[str]:
     """Relative names of all files of a checkpoint except its manifest, sorted."""
-    return sorted(str(path.relative_to(checkpoint_dir)) for path in checkpoint_dir.rglob("*")
-                  if path.is_file() and not path.name.startswith(MANIFEST))
+    return sorted(
+        str(path.relative_to(checkpoint_dir))
+        for path in checkpoint_dir.rglob("*")
+        if path.is_file() and not path.name.startswith(MANIFEST)
+    )
 
 
 def digest(checkpoint_dir: Path, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -116,8 +120,11 @@ def verify(checkpoint_dir: Path, hashes: bool = True) -> list[str]:
             present.append(name)
     if hashes and not problems:
         found = digest(checkpoint_dir, present)
-        problems = [f"{name} has other content than when it was saved"
-                    for name in present if found[name]["sha256"] != wanted[name]]
+        problems = [
+            f"{name} has other content than when it was saved"
+            for name in present
+            if found[name]["sha256"] != wanted[name]
+        ]
     return problems
 
 

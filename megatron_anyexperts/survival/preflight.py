@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -63,10 +64,8 @@ def probe(run_dir: Path, gpus_expected: int) -> Report:
                 os.fsync(file.fileno())
         except OSError as error:
             faults.append(f"cannot write to the {name} {folder}: {error.strerror}")
-        try:
+        with contextlib.suppress(OSError):  # the failed write above has already said so
             free[f"{name} {folder}"] = shutil.disk_usage(folder).free / 2**30
-        except OSError:
-            pass  # the failed write above has already said so
     gpus = 0
     if gpus_expected:
         gpus, gpu_faults = probe_gpus(gpus_expected)
@@ -101,7 +100,11 @@ def probe_gpus(expected: int) -> tuple[int, list[str]]:
     if count < expected:
         faults.append(f"{count} GPUs, not {expected}")
     if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits"]
+        query = [
+            "nvidia-smi",
+            "--query-gpu=index,ecc.errors.uncorrected.volatile.total",
+            "--format=csv,noheader,nounits",
+        ]
         try:
             lines = subprocess.run(query, text=True, capture_output=True, timeout=60, check=False).stdout.splitlines()
         except subprocess.TimeoutExpired:
@@ -113,8 +116,9 @@ def probe_gpus(expected: int) -> tuple[int, list[str]]:
     return count, faults
 
 
-def judge(reports: Sequence[Report], nodes: Sequence[str], needs: Needs, asked_at: float, heard_at: float,
-          reference_node: str) -> dict[str, str]:
+def judge(
+    reports: Sequence[Report], nodes: Sequence[str], needs: Needs, asked_at: float, heard_at: float, reference_node: str
+) -> dict[str, str]:
     """Unfit nodes and the first reason of each.
 
     Args:
@@ -183,10 +187,16 @@ def _common_versions(by_node: Mapping[str, Report], reference_node: str) -> dict
 
 def _faults(report: Report, wanted: Mapping[str, str], needs: Needs, asked_at: float, heard_at: float) -> list[str]:
     faults = list(report.faults)
-    faults += [f"{name} is {report.versions.get(name)}, not {version}" for name, version in wanted.items()
-               if report.versions.get(name) != version]
-    faults += [f"{free:.1f} GiB free in the {place}, not {needs.free_gib:g}" for place, free in report.free_gib.items()
-               if free < needs.free_gib]
+    faults += [
+        f"{name} is {report.versions.get(name)}, not {version}"
+        for name, version in wanted.items()
+        if report.versions.get(name) != version
+    ]
+    faults += [
+        f"{free:.1f} GiB free in the {place}, not {needs.free_gib:g}"
+        for place, free in report.free_gib.items()
+        if free < needs.free_gib
+    ]
     early, late = asked_at - report.time, report.time - heard_at
     if max(early, late) > needs.clock_tolerance_s:
         faults.append(f"its clock is off by {-early if early > late else late:+.0f} s or more")

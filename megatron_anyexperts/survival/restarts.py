@@ -62,8 +62,11 @@ def attempts(events: Sequence[Event], sealed_now: int | None) -> list[Attempt]:
         until = events[following] if following is not None else {"iteration": sealed_now}
         # Training logs its own exit as well; only the launcher knows the reason.
         exits = [event for event in events[mark:following] if event.get("event") == "exit" and "reason" in event]
-        found.append(Attempt(events[mark].get("iteration") or 0, until.get("iteration") or 0,
-                             exits[-1]["reason"] if exits else LOST))
+        found.append(
+            Attempt(
+                events[mark].get("iteration") or 0, until.get("iteration") or 0, exits[-1]["reason"] if exits else LOST
+            )
+        )
     return found
 
 
@@ -77,8 +80,14 @@ def failures_without_progress(history: Sequence[Attempt]) -> int:
     return count
 
 
-def decide(events: Sequence[Event], sealed_now: int | None, exit_code: int, signalled: str | None,
-           max_failures: int) -> Verdict:
+def decide(
+    events: Sequence[Event],
+    sealed_now: int | None,
+    exit_code: int,
+    signalled: str | None,
+    max_failures: int,
+    failure: Event | None = None,
+) -> Verdict:
     """Judge the attempt that just ended. Its "exit" event must not be among `events` yet.
 
     Args:
@@ -87,6 +96,7 @@ def decide(events: Sequence[Event], sealed_now: int | None, exit_code: int, sign
         exit_code: of srun.
         signalled: why the batch script asked the ranks to stop ("time limit", "terminated"), None if it did not.
         max_failures: failed attempts in a row without a newer checkpoint after which to give up.
+        failure: what `first_failure` found, when it found something.
     """
     last_attempt = max((index for index, event in enumerate(events) if event.get("event") == "attempt"), default=0)
     this_attempt = events[last_attempt:]
@@ -102,13 +112,19 @@ def decide(events: Sequence[Event], sealed_now: int | None, exit_code: int, sign
         reason = "stopped by signal"
     else:
         reason = f"crash, exit code {exit_code}"
+        if failure:
+            reason += f", rank {failure['rank']} on {failure['node']}: {failure['cause']}"
     history = attempts([*events, {"event": "exit", "reason": reason}], sealed_now)
     failures = failures_without_progress(history)
     at = f"newest checkpoint: {sealed_now if sealed_now is not None else 'none'}"
     if failures >= max_failures:
         causes = "; ".join(attempt.reason for attempt in history[-failures:])
-        return Verdict(Action.STOP, reason, f"crash loop: {failures} attempts without a newer checkpoint ({causes}); "
-                                            f"{at}; fix the cause and submit again")
+        return Verdict(
+            Action.STOP,
+            reason,
+            f"crash loop: {failures} attempts without a newer checkpoint ({causes}); "
+            f"{at}; fix the cause and submit again",
+        )
     action = Action.REQUEUE if signalled or (exit_code == 0 and not hang) else Action.RETRY
     return Verdict(action, reason, f"{reason}; {at}; {action.value}")
 

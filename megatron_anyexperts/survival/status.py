@@ -31,20 +31,27 @@ def screen(run: Run, now: float | None = None) -> str:
     events, metrics, beats = runlog.read_events(run), runlog.read_metrics(run), read_beats(run)
     last = metrics[-1] if metrics else {}
     rows = [("run", str(run.root)), ("state", _state(events, beats, now)), ("iteration", _iteration(last))]
-    rows += [("loss", _losses(last)), ("tokens/s", _number(last.get("tokens_per_s"), ",.0f")),
-             ("expected end", _expected_end(metrics, now)), ("checkpoint", _checkpoint(run, now)),
-             ("expert load", _load(last)), ("data wait", _share(last.get("data_wait_share"))),
-             ("last metrics", _ago(now - last["time"]) if "time" in last else "none yet")]
+    rows += [
+        ("loss", _losses(last)),
+        ("tokens/s", _number(last.get("tokens_per_s"), ",.0f")),
+        ("expected end", _expected_end(metrics, now)),
+        ("checkpoint", _checkpoint(run, now)),
+        ("expert load", _load(last)),
+        ("data wait", _share(last.get("data_wait_share"))),
+        ("last metrics", _ago(now - last["time"]) if "time" in last else "none yet"),
+    ]
     lines = [f"{name:<13} {value}" for name, value in rows]
     return "\n".join(lines + _restarts(events, now)) + "\n"
 
 
 def seconds_per_iteration(metrics: list[dict[str, Any]], window: int = 50) -> float | None:
     """Median over the last log intervals; pauses between restarts therefore hardly count. None when unknown."""
-    recent = metrics[-window - 1:]
-    paces = sorted((after["time"] - before["time"]) / (after["iteration"] - before["iteration"])
-                   for before, after in zip(recent, recent[1:], strict=False)
-                   if after["time"] > before["time"])
+    recent = metrics[-window - 1 :]
+    paces = sorted(
+        (after["time"] - before["time"]) / (after["iteration"] - before["iteration"])
+        for before, after in zip(recent, recent[1:], strict=False)
+        if after["time"] > before["time"]
+    )
     return paces[len(paces) // 2] if paces else None
 
 
@@ -81,8 +88,11 @@ def _iteration(last: dict[str, Any]) -> str:
 
 
 def _losses(last: dict[str, Any]) -> str:
-    parts = [f"{name.removeprefix('loss_')} {value:.4f}" for name, value in sorted(last.items())
-             if name.startswith("loss_") and isinstance(value, float)]
+    parts = [
+        f"{name.removeprefix('loss_')} {value:.4f}"
+        for name, value in sorted(last.items())
+        if name.startswith("loss_") and isinstance(value, float)
+    ]
     return _number(last.get("loss"), ".4f") + (f"  ({', '.join(parts)})" if parts else "")
 
 
@@ -112,9 +122,12 @@ def _restarts(events: list[dict[str, Any]], now: float, shown: int = 5) -> list[
     # Training run by hand, without the launcher, knows no attempts.
     kind = "attempt" if any(event.get("event") == "attempt" for event in events) else "start"
     starts = [event for event in events if event.get("event") == kind]
-    notes = [event for event in events
-             if event.get("event") in ("exit", "hang", "crash", "fallback", "save_failed", "preflight", "stop")
-             and (event.get("reason") or event.get("summary"))]
+    notes = [
+        event
+        for event in events
+        if event.get("event") in ("exit", "hang", "crash", "fallback", "save_failed", "preflight", "stop")
+        and (event.get("reason") or event.get("summary"))
+    ]
     lines = [f"{'restarts':<13} {max(0, len(starts) - 1)}"]
     for event in notes[-shown:]:
         where = f" at iteration {event['iteration']}" if event.get("iteration") is not None else ""

@@ -26,8 +26,9 @@ class Patience:
         return self.train if phase == "train" else self.start
 
 
-def overdue(beats: Mapping[int, Beat], silence_s: Mapping[int, float], ranks: int, elapsed_s: float,
-            patience: Patience) -> list[int]:
+def overdue(
+    beats: Mapping[int, Beat], silence_s: Mapping[int, float], ranks: int, elapsed_s: float, patience: Patience
+) -> list[int]:
     """Ranks that have been silent for too long, the likeliest culprit first.
 
     Args:
@@ -64,16 +65,21 @@ class Watch:
         for rank, beat in read_beats(self._run).items():
             if rank not in self._seen or self._seen[rank][0] != beat:
                 self._seen[rank] = (beat, now)
-        return overdue({rank: beat for rank, (beat, _) in self._seen.items()},
-                       {rank: now - when for rank, (_, when) in self._seen.items()},
-                       self._ranks, now - self._began, self._patience)
+        return overdue(
+            {rank: beat for rank, (beat, _) in self._seen.items()},
+            {rank: now - when for rank, (_, when) in self._seen.items()},
+            self._ranks,
+            now - self._began,
+            self._patience,
+        )
 
     def beat_of(self, rank: int) -> Beat | None:
         return self._seen[rank][0] if rank in self._seen else None
 
 
-def watch_step(run: Run, ranks: int, patience: Patience, srun_pid: int, job_id: str, step_name: str,
-               poll_s: float = 2.0) -> int:
+def watch_step(
+    run: Run, ranks: int, patience: Patience, srun_pid: int, job_id: str, step_name: str, poll_s: float = 2.0
+) -> int:
     """Guard one Slurm step until its srun ends; on a hang collect stacks, record the event, kill the step.
 
     Returns:
@@ -100,9 +106,16 @@ def _end_hung_step(run: Run, watch: Watch, late: list[int], job_id: str, step_na
     where = f"rank {culprit}" + (f" on {beat.node}, iteration {beat.iteration}, {beat.phase}" if beat else "")
     # The culprit and one that waits for it; more ranks than these seldom tell more.
     stacks = {str(rank): last_stack(run, rank) or "(no stack: the process is frozen)" for rank in late[:2]}
-    runlog.append_event(run, "hang", reason=f"{where} gives no sign of life", rank=culprit,
-                        node=beat.node if beat else None, iteration=beat.iteration if beat else None, overdue=late,
-                        stacks=stacks)
+    runlog.append_event(
+        run,
+        "hang",
+        reason=f"{where} gives no sign of life",
+        rank=culprit,
+        node=beat.node if beat else None,
+        iteration=beat.iteration if beat else None,
+        overdue=late,
+        stacks=stacks,
+    )
     print(f"watchdog: {where} gives no sign of life; overdue ranks {late}; ending the step", file=sys.stderr)
     for rank, stack in stacks.items():
         print(f"stack of rank {rank}:\n{stack}", file=sys.stderr)
@@ -110,8 +123,9 @@ def _end_hung_step(run: Run, watch: Watch, late: list[int], job_id: str, step_na
 
 
 def _step_id(job_id: str, step_name: str) -> str:
-    listing = subprocess.run(["squeue", "--steps", "-h", "-j", job_id, "-o", "%i %j"],
-                             text=True, capture_output=True, check=False).stdout
+    listing = subprocess.run(
+        ["squeue", "--steps", "-h", "-j", job_id, "-o", "%i %j"], text=True, capture_output=True, check=False
+    ).stdout
     for line in listing.splitlines():
         step, _, name = line.partition(" ")
         if name.strip() == step_name:

@@ -17,6 +17,7 @@ from megatron.core import mpu
 from megatron.training import checkpointing as megatron_checkpointing
 from megatron.training import get_args, print_rank_0
 from megatron.training import training as megatron_training
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_anyexperts.survival import checkpoints as files
 from megatron_anyexperts.survival import runlog
@@ -50,6 +51,18 @@ def _on_rank_0(call: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     return result
+
+
+def _attempt(call: Callable[[], Any]) -> str:
+    """Run `call` on every rank; return the first rank's problem on every rank, or "" when there was none."""
+    problem = ""
+    try:
+        call()
+    except (Exception, CheckpointException) as error:  # torch's is no Exception but a BaseException
+        problem = f"{type(error).__name__}: {error}"
+    problems: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(problems, problem)
+    return next(filter(None, problems), "")
 
 
 class Checkpoints:
@@ -90,19 +103,13 @@ class Checkpoints:
         if not room.enough:
             self._failed(folder, iteration, f"{room.free} bytes free, about {room.needed} needed")
             return
-        self._save_data_state(folder)
-        restore = self._divert(args, save_dir, iteration)
-        problem = ""
-        try:
-            self._save(iteration, *arguments, **keywords)
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        finally:
+        problem = _attempt(lambda: self._save_data_state(folder))
+        if not problem:
+            restore = self._divert(args, save_dir, iteration)
+            problem = _attempt(lambda: self._save(iteration, *arguments, **keywords))
             restore()
-        problems = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(problems, problem)
-        if any(problems):
-            self._failed(folder, iteration, next(text for text in problems if text))
+        if problem:
+            self._failed(folder, iteration, problem)
         elif not args.async_save:
             self._seal(save_dir, iteration)
 
@@ -143,8 +150,13 @@ class Checkpoints:
         folder = iteration_directory(save_dir, iteration)
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         names = _on_rank_0(lambda: payload_files(folder))
+        mine: dict[str, Any] = {}
+        problem = _attempt(lambda: mine.update(digest(folder, names[rank::world])))
+        if problem:
+            self._failed(folder, iteration, problem)
+            return
         parts: list[Any] = [None] * world
-        torch.distributed.all_gather_object(parts, digest(folder, names[rank::world]))
+        torch.distributed.all_gather_object(parts, mine)
 
         def finish() -> None:
             files.seal(folder, {name: entry for part in parts for name, entry in part.items()})

@@ -18,6 +18,7 @@ from megatron_anyexperts.survival import heartbeat as heartbeats
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.checkpoints import NoUsableCheckpoint
 from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.signals import helpers_ignore_sigterm
 from megatron_anyexperts.training.arguments import UsageError, parse
 
 DEFAULTS = {"tokenizer_type": "HuggingFaceTokenizer"}
@@ -94,7 +95,6 @@ def pretrain(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> None:
     run = Run(Path(args.run_dir)).create() if args.run_dir else None
     first = args.rank == 0 and run is not None
     if first:
-        heartbeats.clear(run)
         restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         runlog.append_event(run, "start", world_size=args.world_size, restart=restart)
     try:
@@ -113,6 +113,7 @@ def pretrain(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> None:
 
 
 def _run_megatron(args: argparse.Namespace, run: Run | None) -> None:
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
     from megatron.core.enums import ModelType
     from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
     from megatron.training import training
@@ -125,6 +126,10 @@ def _run_megatron(args: argparse.Namespace, run: Run | None) -> None:
     from megatron_anyexperts.training.metrics import TrainingMetrics
     from megatron_anyexperts.training.step_stats import StepStats
 
+    # The process behind this queue takes part in every save. Forked here it starts at once; Megatron would spawn it,
+    # and import everything in it again, during the first save.
+    with helpers_ignore_sigterm():
+        get_write_results_queue("fork")
     upstream.install()
     heartbeat = heartbeats.start_heartbeat(run, args.rank) if run else None
     checkpoints = Checkpoints(run, args.keep_last_checkpoints, args.keep_every_checkpoint)

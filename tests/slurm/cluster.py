@@ -6,6 +6,7 @@ temporary directory, and every command is pointed there through `SLURM_CONF`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -62,8 +63,7 @@ class Cluster:
     @property
     def env(self) -> dict[str, str]:
         """Environment in which Slurm's commands talk to this cluster, free of any outer job's variables."""
-        clean = {key: value for key, value in os.environ.items()
-                 if not key.startswith(("SLURM_", "SBATCH_", "PMI"))}
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "PMI"))}
         return clean | {"SLURM_CONF": str(self.conf)}
 
     def __enter__(self) -> Cluster:
@@ -153,12 +153,15 @@ class Cluster:
 
     def logs(self) -> str:
         """The last lines of every daemon's log."""
-        return "\n".join(f"--- {path.name}\n{''.join(path.read_text().splitlines(True)[-15:])}"
-                         for path in sorted((self.root / "logs").iterdir()))
+        return "\n".join(
+            f"--- {path.name}\n{''.join(path.read_text().splitlines(True)[-15:])}"
+            for path in sorted((self.root / "logs").iterdir())
+        )
 
     @staticmethod
-    def wait(condition: Callable[[], object], seconds: float, failure: str,
-             details: Callable[[], str] = lambda: "") -> None:
+    def wait(
+        condition: Callable[[], object], seconds: float, failure: str, details: Callable[[], str] = lambda: ""
+    ) -> None:
         """Wait until `condition` holds; raises TimeoutError with `failure` and `details()`."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -175,7 +178,8 @@ class Cluster:
         host = socket.gethostname().split(".")[0]
         nodes = "\n".join(
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus_per_node}"
-            for node, port in zip(NODES, node_ports, strict=True))
+            for node, port in zip(NODES, node_ports, strict=True)
+        )
         prolog = self.root / "task_prolog"
         prolog.write_text(f'#!/bin/sh\ncat "{self.root}/environment/$SLURMD_NODENAME" 2>/dev/null || true\n')
         prolog.chmod(0o755)
@@ -215,14 +219,23 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
         files = (f"--{name}={self.root}/munge/{name.split('-')[0]}" for name in ("pid-file", "seed-file"))
-        self._start("munged", "munged", "--foreground", "--force", f"--key-file={key}",
-                    f"--socket={self.root}/munge/socket", f"--log-file={self.root}/logs/munge.log", *files)
+        self._start(
+            "munged",
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={self.root}/munge/socket",
+            f"--log-file={self.root}/logs/munge.log",
+            *files,
+        )
         self.wait(lambda: (self.root / "munge" / "socket").exists(), 10, "munged did not open its socket")
 
     def _start(self, name: str, program: str, *args: str) -> None:
         with open(self.root / "logs" / f"{name}.log", "ab") as log:
             self.processes[name] = subprocess.Popen(
-                [find(program), *args], env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+                [find(program), *args], env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
 
     def _await_nodes(self) -> None:
         def all_idle() -> bool:
@@ -256,7 +269,5 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass

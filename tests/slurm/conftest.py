@@ -45,8 +45,19 @@ class Submitted:
 
     def submit(self, *training: object, kind: str = "pretrain", **settings: object) -> str:
         """Queue it with slurm/submit; the CPU profile, quick retries and low limits unless `settings` say otherwise."""
-        chosen = {"PROFILE": "cpu", "RUN": self.run.root, "PYTHON": sys.executable, "TIME": "10", "MIN_FREE_GIB": 0.01,
-                  "RETRY_DELAY_S": 0, "PREFLIGHT": "nodes"} | self.settings | settings
+        chosen = (
+            {
+                "PROFILE": "cpu",
+                "RUN": self.run.root,
+                "PYTHON": sys.executable,
+                "TIME": "10",
+                "MIN_FREE_GIB": 0.01,
+                "RETRY_DELAY_S": 0,
+                "PREFLIGHT": "nodes",
+            }
+            | self.settings
+            | settings
+        )
         words = [f"{key}={value}" for key, value in chosen.items()]
         command = [str(ROOT / "slurm" / "submit"), kind, *words, "--", *map(str, training)]
         self.job = self.cluster.command(*command).strip()
@@ -64,8 +75,12 @@ class Submitted:
 
     def await_iteration(self, iteration: int, timeout: float) -> None:
         """Wait until training has logged `iteration`."""
-        self.cluster.wait(lambda: any(row["iteration"] >= iteration for row in runlog.read(self.run.metrics)),
-                          timeout, f"iteration {iteration} was not reached", self.log)
+        self.cluster.wait(
+            lambda: any(row["iteration"] >= iteration for row in runlog.read(self.run.metrics)),
+            timeout,
+            f"iteration {iteration} was not reached",
+            self.log,
+        )
 
     def await_event(self, event: str, timeout: float) -> dict:
         """Wait for an event of this name and return the newest."""
@@ -75,12 +90,17 @@ class Submitted:
     def events(self, event: str) -> list[dict]:
         return [each for each in runlog.read_events(self.run) if each["event"] == event]
 
-    def losses(self) -> dict[int, float]:
-        """Loss of every iteration; trained twice, it must have been the same both times."""
+    def losses(self, relative: float = 0.0) -> dict[int, float]:
+        """Loss of every iteration; trained twice, it must have been the same both times, up to a `relative` error."""
         found: dict[int, float] = {}
         for row in runlog.read(self.run.metrics):
-            assert found.setdefault(row["iteration"], row["loss"]) == row["loss"], f"iteration {row['iteration']}"
+            first = found.setdefault(row["iteration"], row["loss"])
+            assert row["loss"] == pytest.approx(first, rel=relative, abs=0), f"iteration {row['iteration']}"
         return found
+
+    def last_metrics_time(self) -> float:
+        """When training last logged, in seconds since the epoch; 0 when it has not."""
+        return max((row["time"] for row in runlog.read(self.run.metrics)), default=0.0)
 
     def sample_keys(self) -> dict[int, list]:
         """Keys of every iteration's global batch, sorted; of an iteration trained twice those of the later time.
@@ -88,12 +108,18 @@ class Submitted:
         Needs metrics of every iteration: they tell how many ranks the later time had.
         """
         starts = [(event["time"], event["world_size"]) for event in self.events("start")]
-        ranks = {row["iteration"]: [world for began, world in starts if began < row["time"]][-1]
-                 for row in runlog.read(self.run.metrics)}
-        logs = [{row["iteration"]: row["keys"] for row in runlog.read(path)}
-                for path in sorted(self.run.samples.glob("*.jsonl"))]
-        return {iteration: sorted(key for log in logs[:count] for key in log[iteration])
-                for iteration, count in ranks.items()}
+        ranks = {
+            row["iteration"]: [world for began, world in starts if began < row["time"]][-1]
+            for row in runlog.read(self.run.metrics)
+        }
+        logs = [
+            {row["iteration"]: row["keys"] for row in runlog.read(path)}
+            for path in sorted(self.run.samples.glob("*.jsonl"))
+        ]
+        return {
+            iteration: sorted(key for log in logs[:count] for key in log[iteration])
+            for iteration, count in ranks.items()
+        }
 
     def log(self) -> str:
         """What the job and the ranks printed, and the events."""

@@ -55,8 +55,9 @@ def test_a_killed_rank_is_named_and_the_run_continues_from_its_checkpoint(counti
 
 def test_the_time_limit_saves_requeues_and_resumes(counting):
     # Slurm counts the limit in minutes and may signal early, so how many restarts it takes is not fixed.
-    counting.submit("--train-iters", 60, "--step-seconds", 0.8, "--save-interval", 1000, NODES=2, TIME=1,
-                    SIGNAL_LEAD_S=30)
+    counting.submit(
+        "--train-iters", 60, "--step-seconds", 0.8, "--save-interval", 1000, NODES=2, TIME=1, SIGNAL_LEAD_S=30
+    )
     counting.await_end(180)
     *interrupted, last = counting.events("exit")
     assert {event["reason"] for event in interrupted} == {"time limit"}
@@ -66,10 +67,13 @@ def test_the_time_limit_saves_requeues_and_resumes(counting):
     assert_nothing_lost(counting, 60)
 
 
-@pytest.mark.parametrize(("words", "reason"), [
-    (("--signal=TERM",), "stopped by signal"),
-    (("--batch", "--signal=TERM"), "terminated"),
-])
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--signal=TERM",), "stopped by signal"),
+        (("--batch", "--signal=TERM"), "terminated"),
+    ],
+)
 def test_scancel_with_a_signal_saves_requeues_and_resumes(counting, words, reason):
     counting.submit("--train-iters", ITERATIONS, "--step-seconds", 0.1, "--save-interval", 1000, NODES=2)
     counting.await_iteration(5, 40)
@@ -139,7 +143,8 @@ def test_two_jobs_share_a_node(cluster, tmp_path, submitted):
         run.await_end(60)
         assert_nothing_lost(run, 60)
     (first_start, first_end), (second_start, second_end) = (
-        [run.events(name)[0]["time"] for name in ("attempt", "exit")] for run in runs)
+        [run.events(name)[0]["time"] for name in ("attempt", "exit")] for run in runs
+    )
     assert max(first_start, second_start) < min(first_end, second_end)
 
 

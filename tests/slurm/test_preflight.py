@@ -42,7 +42,7 @@ def test_an_unfit_node_stops_the_job_with_one_line(counting, fault, request):
     reason = request.getfixturevalue(fault)
     counting.submit("--train-iters", ITERATIONS, NODES=2)
     counting.await_end(40, state="FAILED")
-    stop, = counting.events("stop")
+    (stop,) = counting.events("stop")
     assert stop["summary"].startswith(f"preflight: 1 of 2 nodes are fit, 2 are needed ({reason}")
     assert f"stopped: {stop['summary']}" in counting.log().splitlines()
     assert not counting.losses()

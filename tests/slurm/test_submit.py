@@ -23,15 +23,29 @@ def last_line(*words: str) -> str:
 
 def test_dry_run_prints_settings_sbatch_script_and_srun_line(tmp_path):
     done = submit("pretrain", "PROFILE=cpu", "NODES=2-4", f"RUN={tmp_path / 'run'}", "--dry-run", "--", "--lr", "1e-4")
-    for expected in ("NODES=2-4", "--nodes=2-4", "#SBATCH --requeue", "run_training()", "--lr 1e-4",
-                     "--kill-on-bad-exit=1", "pretrain/pretrain_multimodal.py"):
+    for expected in (
+        "NODES=2-4",
+        "--nodes=2-4",
+        "#SBATCH --requeue",
+        "run_training()",
+        "--lr 1e-4",
+        "--kill-on-bad-exit=1",
+        "pretrain/pretrain_multimodal.py",
+    ):
         assert expected in done.stdout
     assert not (tmp_path / "run").exists()
 
 
 def test_containers_are_entered_with_mounts(tmp_path):
-    common = ("pretrain", "PROFILE=cpu", "IMAGE=image.sif", "MOUNTS=/data:/data", f"RUN={tmp_path}", "PYTHON=python",
-              "--dry-run")
+    common = (
+        "pretrain",
+        "PROFILE=cpu",
+        "IMAGE=image.sif",
+        "MOUNTS=/data:/data",
+        f"RUN={tmp_path}",
+        "PYTHON=python",
+        "--dry-run",
+    )
     mounts = f"{ROOT}:{ROOT}\\,{tmp_path}:{tmp_path}\\,/data:/data"
     line = last_line(*common, "CONTAINER=pyxis")
     assert f"--container-image=image.sif --container-mounts={mounts}" in line
@@ -44,14 +58,17 @@ def test_every_profile_makes_a_job(profile):
     assert "srun" in last_line("instruct_tune", f"PROFILE={profile}", "--dry-run")
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (("pretrain", "NODE=2"), "unknown setting NODE"),
-    (("pretrain", "PROFILE=nowhere"), "no profile"),
-    (("pretrain", "CONTAINER=docker", "--dry-run"), "CONTAINER=docker is not none, pyxis or apptainer"),
-    (("pretrian",), "slurm/submit KIND"),
-    (("pretrain", "--config"), "arguments of the program come after --"),
-    (("build_shards", "--dry-run"), "give ARRAY=0-N"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("pretrain", "NODE=2"), "unknown setting NODE"),
+        (("pretrain", "PROFILE=nowhere"), "no profile"),
+        (("pretrain", "CONTAINER=docker", "--dry-run"), "CONTAINER=docker is not none, pyxis or apptainer"),
+        (("pretrian",), "slurm/submit KIND"),
+        (("pretrain", "--config"), "arguments of the program come after --"),
+        (("build_shards", "--dry-run"), "give ARRAY=0-N"),
+    ],
+)
 def test_wrong_words_are_refused(words, message):
     done = submit(*words)
     assert done.returncode
@@ -61,7 +78,12 @@ def test_wrong_words_are_refused(words, message):
 def test_the_shell_code_is_clean():
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
-    files = [*(ROOT / "slurm").glob("*.sbatch"), *(ROOT / "slurm").glob("*.sh"),
-             *(ROOT / "slurm" / "profiles").glob("*.env"), ROOT / "slurm" / "submit", ROOT / "slurm" / "status"]
+    files = [
+        *(ROOT / "slurm").glob("*.sbatch"),
+        *(ROOT / "slurm").glob("*.sh"),
+        *(ROOT / "slurm" / "profiles").glob("*.env"),
+        ROOT / "slurm" / "submit",
+        ROOT / "slurm" / "status",
+    ]
     done = subprocess.run(["shellcheck", "-x", *files], cwd=ROOT, text=True, capture_output=True)
     assert not done.returncode, done.stdout

@@ -1,0 +1,195 @@
+"""The real training entry on a real Slurm: what a fault costs is time, never a step or a sample.
+
+Every test compares with one uninterrupted run of 2 nodes x 1 rank with expert parallelism 2.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+from megatron_anyexperts.survival import checkpoints
+from megatron_anyexperts.survival.manifest import iteration_directory
+from megatron_anyexperts.survival.run import Run
+from tests.data.feed import corpus
+from tests.slurm.conftest import Submitted
+
+ITERATIONS = 12
+SAVE_INTERVAL = 4
+MODEL = {
+    "--config": "pretrain/configs/demo.yaml",
+    "--hybrid-layer-pattern": "*E",
+    "--vision-num-layers": 1,
+    "--audio-num-layers": 1,
+    "--seq-length": 128,
+    "--global-batch-size": 8,
+    "--expert-model-parallel-size": 2,
+    "--lr-warmup-iters": 1,
+    "--lr-decay-iters": ITERATIONS,
+    "--log-interval": 1,
+    "--eval-iters": 0,
+    "--data-shuffle-buffer": 10,
+    "--data-packing-buffer": 8,
+    "--train-iters": ITERATIONS,
+    "--save-interval": SAVE_INTERVAL,
+}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Flags that name a small generated corpus and its tokenizer."""
+    folder = tmp_path_factory.mktemp("corpus")
+    blend = corpus.build(folder / "shards", {"text": 200, "image_text": 100, "audio_text": 80})
+    return {"--data-path": blend, "--tokenizer-model": corpus.write_tokenizer(folder / "tokenizer")}
+
+
+def submit(run: Submitted, data: dict, settings: dict | None = None, **flags: object) -> None:
+    chosen = MODEL | data | {"--" + name.replace("_", "-"): value for name, value in flags.items()}
+    run.submit(*(word for pair in chosen.items() for word in pair), **({"NODES": 2} | (settings or {})))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(session_cluster, tmp_path_factory, data):
+    """Losses and sample keys by iteration of a run to which nothing happens."""
+    run = Submitted(session_cluster, Run(tmp_path_factory.mktemp("uninterrupted") / "run"))
+    submit(run, data)
+    run.await_end(200)
+    assert sorted(run.losses()) == list(range(1, ITERATIONS + 1))
+    assert [event["event"] for event in run.events("fallback") + run.events("save_failed")] == []
+    return run.losses(), run.sample_keys()
+
+
+def assert_equal_to(uninterrupted, run: Submitted) -> None:
+    losses, keys = uninterrupted
+    assert run.losses() == losses  # bit-identical, also where an iteration was trained twice
+    assert run.sample_keys() == keys
+
+
+def kill_rank(run: Submitted, rank: int) -> None:
+    for pid in run.cluster.pids(run.job, rank):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # a child of one that died just before
+
+
+def attempts(run: Submitted) -> int:
+    return len(run.events("attempt"))
+
+
+def test_a_signal_then_a_truncated_newest_checkpoint(submitted, data, uninterrupted):
+    submit(submitted, data)
+    submitted.await_iteration(SAVE_INTERVAL + 2, 200)
+    submitted.cluster.command("scancel", "--signal=TERM", submitted.job)
+    submitted.await_event("exit", 60)
+    submitted.cluster.wait(lambda: any("reason" in event for event in submitted.events("exit")), 60, "no exit")
+    # The job now waits to be started again: time for a file system to lose the end of a file.
+    newest = checkpoints.newest_sealed(submitted.run.checkpoints)
+    assert newest > SAVE_INTERVAL
+    shard = next(iteration_directory(submitted.run.checkpoints, newest).glob("*.distcp"))
+    os.truncate(shard, shard.stat().st_size - 1)
+    submitted.await_end(200)
+    (fallback,) = submitted.events("fallback")
+    assert fallback["iteration"] == SAVE_INTERVAL
+    assert f"iteration {newest} skipped: {shard.name} has" in fallback["reason"]
+    assert_equal_to(uninterrupted, submitted)
+
+
+def kill_at_random(run: Submitted, data: dict, kills: int, seed: int) -> None:
+    """Train while killing a random rank at random moments, of which every second one is during a save."""
+    draw = random.Random(seed)
+    submit(run, data, {"MAX_FAILURES": kills + 1})
+    for kill in range(kills):
+        run.cluster.wait(lambda kill=kill: attempts(run) == kill + 1, 60, "no restart", run.log)
+        if kill % 2:
+            unsealed = set(range(SAVE_INTERVAL, ITERATIONS + 1, SAVE_INTERVAL)) - set(
+                checkpoints.sealed_iterations(run.run.checkpoints)
+            )
+            folders = [iteration_directory(run.run.checkpoints, iteration) for iteration in unsealed]
+            run.cluster.wait(
+                lambda folders=folders: any(folder.exists() for folder in folders), 200, "no save", run.log
+            )
+            time.sleep(draw.uniform(0, 0.3))
+        else:
+            run.cluster.wait(lambda: run.cluster.pids(run.job, 1), 60, "no rank", run.log)
+            time.sleep(draw.uniform(0, 25))
+        kill_rank(run, draw.randrange(2))
+        run.cluster.wait(
+            lambda kill=kill: sum("reason" in event for event in run.events("exit")) == kill + 1,
+            60,
+            "the kill went unnoticed",
+            run.log,
+        )
+    run.await_end(300)
+
+
+def test_ranks_killed_at_random_moments(submitted, data, uninterrupted):
+    kill_at_random(submitted, data, kills=2, seed=1)
+    assert_equal_to(uninterrupted, submitted)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ranks_killed_at_ten_random_moments(submitted, data, uninterrupted):
+    kill_at_random(submitted, data, kills=10, seed=2)
+    assert_equal_to(uninterrupted, submitted)
+
+
+def test_a_lost_node_leaves_a_smaller_run_that_grows_again(submitted, data, uninterrupted):
+    losses, keys = uninterrupted
+    submit(submitted, data, {"NODES": "1-2"})
+    submitted.await_iteration(SAVE_INTERVAL + 1, 200)
+    submitted.cluster.lose_node("n2")
+    submitted.cluster.wait(lambda: attempts(submitted) == 2, 60, "no restart", submitted.log)
+    submitted.cluster.wait(lambda: len(submitted.events("start")) == 2, 120, "no second start", submitted.log)
+    resumed_at = submitted.events("start")[1]["time"]
+    submitted.cluster.wait(lambda: submitted.last_metrics_time() > resumed_at, 200, "no step", submitted.log)
+    submitted.cluster.return_node("n2")
+    submitted.cluster.command("scancel", "--batch", "--signal=TERM", submitted.job)
+    submitted.await_end(300)
+    assert [event["nodes"] for event in submitted.events("attempt")] == [["n1", "n2"], ["n1"], ["n1", "n2"]]
+    assert [event["world_size"] for event in submitted.events("start")] == [2, 1, 2]
+    assert submitted.sample_keys() == keys
+    assert submitted.losses(relative=1e-5) == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_full_disk_during_a_save(submitted, data, uninterrupted):
+    folder = submitted.run.create().checkpoints
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], check=True)
+    try:
+        submit(submitted, data)
+        first = submitted.await_event("save_failed", 200)
+        assert first["iteration"] == SAVE_INTERVAL
+        # Room for one checkpoint and a half: the second save succeeds, and before the third its lack is noticed.
+        subprocess.run(["mount", "-o", "remount,size=20m", folder], check=True)
+        submitted.await_end(200)
+        assert [event["iteration"] for event in submitted.events("save_failed")] == [SAVE_INTERVAL, 3 * SAVE_INTERVAL]
+        assert checkpoints.select_resume(folder).iteration == 2 * SAVE_INTERVAL
+        assert_equal_to(uninterrupted, submitted)
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.slow
+def test_two_trainings_share_a_node(cluster, tmp_path, data, uninterrupted):
+    runs = [Submitted(cluster, Run(tmp_path / name), settings={"SBATCH_EXTRA": "--nodelist=n1"}) for name in "ab"]
+    for run in runs:
+        submit(run, data, {"NODES": 1, "RANKS_PER_NODE": 2})
+    for run in runs:
+        run.await_end(400)
+        assert_equal_to(uninterrupted, run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_time_limit(submitted, data, uninterrupted):
+    # Slurm may signal up to a minute early, so the first attempts may end before their first step.
+    submit(submitted, data, {"TIME": 2, "SIGNAL_LEAD_S": 45, "MAX_FAILURES": 9})
+    submitted.await_end(800)
+    assert "time limit" in {event.get("reason") for event in submitted.events("exit")}
+    assert_equal_to(uninterrupted, submitted)
