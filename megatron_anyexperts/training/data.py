@@ -43,15 +43,7 @@ class DataProvider:
         args = get_args()
         if mpu.get_tensor_model_parallel_rank() != 0:
             return None, None, None
-        common = {
-            "blend": _blend(args.data_path),
-            "config": DataConfig(**{field.name: getattr(args, field.name) for field in fields(DataConfig)}),
-            "shape": MediaShape.from_args(args),
-            "tokenizer": args.tokenizer_model,
-            "seq_length": args.seq_length,
-            "dp_rank": mpu.get_data_parallel_rank(),
-            "dp_size": mpu.get_data_parallel_world_size(),
-        }
+        common = data_settings(args)
         train = None
         if not args.skip_train:
             check_global_batch(args.global_batch_size, args.micro_batch_size, args.data_streams)
@@ -75,6 +67,19 @@ class DataProvider:
             forget_after(folder, args.iteration)
         torch.distributed.barrier(group=group)
         self.stats.sample_log = SampleLog(folder, rank)
+
+
+def data_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments that the training and the validation loader of this rank share."""
+    return {
+        "blend": _blend(args.data_path),
+        "config": DataConfig(**{field.name: getattr(args, field.name) for field in fields(DataConfig)}),
+        "shape": MediaShape.from_args(args),
+        "tokenizer": args.tokenizer_model,
+        "seq_length": args.seq_length,
+        "dp_rank": mpu.get_data_parallel_rank(),
+        "dp_size": mpu.get_data_parallel_world_size(),
+    }
 
 
 def _blend(data_path: list[str] | None) -> Path:

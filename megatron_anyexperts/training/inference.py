@@ -1,0 +1,71 @@
+"""A trained model in one process, for evaluation, pictures and generation: no optimizer, no training data."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megatron_anyexperts.platform import cpu
+from megatron_anyexperts.training.arguments import UsageError, parse
+from megatron_anyexperts.training.pretrain import DEFAULTS, check, model_provider
+
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def start(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> argparse.Namespace:
+    """Initialise Megatron from an entry point's command line; started by hand, the process is a group of one.
+
+    Args:
+        cli: command-line words, which may contain ``--config``; the parallel layout is reset to one process if alone.
+        defaults: flag defaults of the entry point.
+
+    Raises:
+        UsageError: the command line cannot be carried out.
+    """
+    cpu.bridge(training=True)
+    if "RANK" not in os.environ:
+        os.environ.update(_ALONE)
+    try:
+        args = parse(cli, defaults)
+        check(args)
+    except (ValueError, AssertionError) as error:
+        raise UsageError(str(error)) from error
+    from megatron.training.initialize import initialize_megatron
+
+    initialize_megatron(allow_no_cuda=True)
+    return args
+
+
+def load_model(args: argparse.Namespace) -> torch.nn.Module:
+    """Build this rank's model and load the newest weights of ``--load`` (or ``--run-dir``) into it.
+
+    Args:
+        args: from `start`; routing flags may differ from those of training.
+
+    Returns:
+        the model in evaluation mode, without data-parallel wrapper.
+
+    Raises:
+        UsageError: there is no checkpoint.
+    """
+    from megatron.core.enums import ModelType
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.training import get_model, load_checkpoint
+
+    model = get_model(
+        model_provider,
+        ModelType.encoder_or_decoder,
+        wrap_with_ddp=False,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    args.no_load_optim = args.no_load_rng = True
+    args.exit_on_missing_checkpoint = False
+    iteration, _ = load_checkpoint(model, None, None)
+    if not iteration and not args.finetune:
+        raise UsageError(f"no checkpoint in {args.load}; train first, or name a directory with --load")
+    args.iteration = iteration
+    return model[0].eval()

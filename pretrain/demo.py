@@ -1,0 +1,135 @@
+"""The whole path on two CPU cores: raw files, shards, pretraining with EP = 2, resuming on one rank, pictures.
+
+    python pretrain/demo.py --output runs/demo
+
+A second call reuses the raw data and the shards and trains anew.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_anyexperts.survival import runlog
+from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.training.step_stats import read_sample_log
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "pretrain/configs/demo.yaml"
+CORPUS = ROOT / "pretrain/configs/corpora/demo.yaml"
+SAVED_AT, RESUMED_UNTIL = 120, 130
+
+
+def run(title: str, *command: str | Path, log: Path | None = None) -> None:
+    """Run one step; its output goes to the screen or, if `log` is given, there.
+
+    Raises:
+        SystemExit: the step failed.
+    """
+    print(f"\n== {title}", flush=True)
+    start = time.monotonic()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    words = [str(word) for word in command]
+    if log is None:
+        code = subprocess.call(words, cwd=ROOT, env=environment)
+    else:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as file:
+            code = subprocess.call(words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    if code:
+        if log is not None:
+            print("".join(log.read_text(errors="replace").splitlines(keepends=True)[-30:]))
+        sys.exit(f"'{title}' failed with exit code {code}; log: {log or 'above'}")
+    print(f"   {time.monotonic() - start:.0f} s", flush=True)
+
+
+def torchrun(ranks: int) -> list[str]:
+    """The words that start `ranks` processes on this machine, on a free port."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+
+
+def train(title: str, ranks: int, run_dir: Path, shards: Path, *flags: str) -> None:
+    """Pretrain with the demo's configuration in `run_dir`."""
+    run(
+        f"{title} (log: {run_dir / 'train.log'})",
+        *torchrun(ranks),
+        "pretrain/pretrain_multimodal.py",
+        *common(run_dir, shards),
+        *flags,
+        log=run_dir / "train.log",
+    )
+
+
+def common(run_dir: Path, shards: Path) -> list[str]:
+    """Flags that every step of the demo shares."""
+    paths = ["--data-path", str(shards / "blend.yaml"), "--tokenizer-model", str(shards / "tokenizer")]
+    return ["--config", str(CONFIG), "--run-dir", str(run_dir), *paths]
+
+
+def resume_on_one_rank(uninterrupted: Path, resumed: Path, shards: Path) -> None:
+    """Continue from the middle of the 2-rank run on one rank, and compare the samples with that run's.
+
+    Raises:
+        SystemExit: the samples differ.
+    """
+    name = f"iter_{SAVED_AT:07d}"
+    shutil.copytree(uninterrupted / "checkpoints" / name, resumed / "checkpoints" / name)
+    (resumed / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(SAVED_AT))
+    until = ["--exit-interval", str(RESUMED_UNTIL), "--eval-interval", "1000", "--save-interval", "1000"]
+    train(f"resume at {SAVED_AT} on 1 rank, EP = 1", 1, resumed, shards, "--log-interval", "1", *until)
+    before, after = read_sample_log(uninterrupted / "samples"), read_sample_log(resumed / "samples")
+    for iteration in range(SAVED_AT + 1, RESUMED_UNTIL + 1):
+        if before[iteration] != after.get(iteration):
+            sys.exit(f"iteration {iteration}: the resumed run trained other samples than the uninterrupted one")
+    samples = sum(len(after[iteration]) for iteration in range(SAVED_AT + 1, RESUMED_UNTIL + 1))
+    print(f"   iterations {SAVED_AT + 1} to {RESUMED_UNTIL}: the same {samples} samples as the uninterrupted run")
+
+
+def summary(run_dir: Path) -> str:
+    """First and last training loss of each modality."""
+    metrics = runlog.read_metrics(Run(run_dir))
+    lines = []
+    for name in ("text", "image", "audio"):
+        losses = [record[f"loss_{name}"] for record in metrics if f"loss_{name}" in record]
+        lines.append(f"   {name:6s} loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+    last = metrics[-1]["routing"]["all"]
+    lines.append(f"   slots per token {last['slots']:.2f}, of which real {last['real']:.2f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="where everything goes")
+    output = parser.parse_args().output.resolve()
+    start = time.monotonic()
+    raw, shards, pretrained, resumed = (output / name for name in ("raw", "shards", "pretrain", "resume"))
+    if not raw.exists():
+        run("fetch real images, speech and prose", sys.executable, "data_tools/fetch_demo_data.py", "--output", raw)
+    build = [sys.executable, "data_tools/build_shards.py", CORPUS, "--root", raw, "--output", shards]
+    run("build shards and tokenizer", *build)
+    for folder in (pretrained, resumed):
+        shutil.rmtree(folder, ignore_errors=True)
+    train("pretrain on 2 ranks, EP = 2", 2, pretrained, shards, "--expert-model-parallel-size", "2")
+    print(summary(pretrained))
+    resume_on_one_rank(pretrained, resumed, shards)
+    pictures = [sys.executable, "pretrain/show_routing.py", *common(pretrained, shards)]
+    run("pictures", *pictures, log=pretrained / "pictures.log")
+    results = {
+        "shards": shards,
+        "checkpoints": pretrained / "checkpoints",
+        "TensorBoard": pretrained / "tensorboard",
+        "pictures": pretrained / "pictures",
+        "samples": pretrained / "samples",
+        "log": pretrained / "train.log",
+    }
+    print(f"\ndone in {time.monotonic() - start:.0f} s; results:")
+    print("\n".join(f"   {name:12s} {path}" for name, path in results.items()))
+    (output / "results.json").write_text(json.dumps({name: str(path) for name, path in results.items()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

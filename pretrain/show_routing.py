@@ -1,0 +1,42 @@
+"""Draw what routing learned: losses and slots over training, importance over held-out images.
+
+    python pretrain/show_routing.py --config pretrain/configs/demo.yaml --run-dir RUN [flags of the training]
+
+Reads RUN/logs and the newest checkpoint; writes PNG files to RUN/pictures.
+"""
+
+import sys
+from pathlib import Path
+
+from megatron_anyexperts.survival import runlog
+from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.training.arguments import UsageError
+from megatron_anyexperts.training.inference import load_model, start
+
+
+def main() -> int:
+    try:
+        args = start(sys.argv[1:])
+        if args.run_dir is None:
+            raise UsageError("--run-dir is not set; it names the run to draw")
+        from megatron_anyexperts.training.held_out import image_importance
+        from megatron_anyexperts.training.pictures import importance_heatmaps, loss_curves, slot_curves
+
+        run = Run(Path(args.run_dir))
+        folder = run.root / "pictures"
+        metrics = runlog.read_metrics(run)
+        if metrics:
+            loss_curves(metrics, folder / "loss_by_modality.png")
+            slot_curves(metrics, folder / "slots_by_modality.png")
+        images = image_importance(args, load_model(args), count=4)
+        if images:
+            importance_heatmaps(images, folder / "importance.png")
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"pictures: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
