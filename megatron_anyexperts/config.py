@@ -66,7 +66,7 @@ class AnyExpertsConfig(TransformerConfig):
     """Mean real slots per token that each layer's controller steers to by moving the virtual columns' bias.
     None: the bias stays as it is (0 in a new model)."""
 
-    anyexperts_virtual_bias_rate: float = 0.1
+    anyexperts_virtual_bias_rate: float = 0.3
     """Change of the virtual columns' bias, in logits, per optimizer step and per slot of deviation."""
 
     anyexperts_expert_bias_update: Literal["auto", "zero_mean", "stock"] = "auto"
@@ -83,7 +83,7 @@ class AnyExpertsConfig(TransformerConfig):
     """Standard deviation of importance at which the spread loss vanishes, in (0, 0.5]."""
 
     anyexperts_dispatch_eps: float | None = None
-    """Cap on what an expert rank may receive: ceil((1 + eps) * real slots / ranks). None: no cap (dropless)."""
+    """Cap on what an expert rank may receive: ceil((1 + eps) * real slots / ranks). None or inf: no cap (dropless)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -150,6 +150,8 @@ class AnyExpertsConfig(TransformerConfig):
         _inside("anyexperts_importance_hidden", self.anyexperts_importance_hidden, 1, math.inf)
         if not math.isfinite(self.anyexperts_alpha):
             raise ValueError(f"anyexperts_alpha={self.anyexperts_alpha} must be a finite number")
+        if self.anyexperts_dispatch_eps == math.inf:
+            self.anyexperts_dispatch_eps = None
         if self.anyexperts_dispatch_eps is not None:
             _inside("anyexperts_dispatch_eps", self.anyexperts_dispatch_eps, 0, math.inf)
         if self.anyexperts_virtual_experts is not None and (
@@ -233,6 +235,15 @@ class AnyExpertsConfig(TransformerConfig):
             raise ValueError(
                 "anyexperts_k_max=1 with softmax after the top-k gives every token the constant gate 1, so the router "
                 "learns nothing; use moe_router_pre_softmax, sigmoid scores or k_max >= 2"
+            )
+
+        taught = self.anyexperts_fuses or self.anyexperts_slot_gradient != "none"
+        if self.anyexperts_needs_importance and not (
+            taught or self.anyexperts_budget_loss_coeff or self.anyexperts_spread_loss_coeff
+        ):
+            raise ValueError(
+                "anyexperts_slot_gradient=none and anyexperts_alpha=0 leave the importance module without a gradient; "
+                "change one of them, or add a budget or spread loss"
             )
 
     def _graphs_spare_moe(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,6 +62,7 @@ class RouterControl(torch.nn.Module):
         slot_offset: fp32 [1], persistent; added to importance.
         virtual_bias: fp32 [1], persistent; added to the virtual columns' logits for selection only.
         counts: int64 [4], this step's local tokens, slots, real slots and movable tokens; padding excluded.
+        calibrating: count in evaluation too; see `calibration`.
     """
 
     def __init__(self, config: AnyExpertsConfig):
@@ -69,6 +72,7 @@ class RouterControl(torch.nn.Module):
         self.register_buffer("slot_offset", torch.zeros(1, dtype=torch.float32, device=device))
         self.register_buffer("virtual_bias", torch.zeros(1, dtype=torch.float32, device=device))
         self.register_buffer("counts", torch.zeros(4, dtype=torch.int64, device=device), persistent=False)
+        self.calibrating = False
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def _apply(self, fn, recurse=True):
@@ -157,11 +161,29 @@ def update_controllers(model: list[torch.nn.Module]) -> None:
         router.control.counts.zero_()
 
 
-def _routers(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
+def _routers(model: list[torch.nn.Module], always: bool = False) -> list[torch.nn.Module]:
     modules = (module for chunk in model for module in get_attr_wrapped_model(chunk, "modules")())
-    return [
-        module for module in modules if isinstance(getattr(module, "control", None), RouterControl) and module.training
-    ]
+    routers = [module for module in modules if isinstance(getattr(module, "control", None), RouterControl)]
+    return [router for router in routers if always or router.training or router.control.calibrating]
+
+
+@contextmanager
+def calibration(model: list[torch.nn.Module]) -> Iterator[Callable[[], None]]:
+    """Move the controllers of a model in evaluation mode to other targets, without training it.
+
+    Yields:
+        A function to call after each forward pass or batch of passes; it is collective and makes one controller step.
+        A dozen steps reach a target for total slots, some dozens one for real slots.
+    """
+    routers = _routers(model, always=True)
+    for router in routers:
+        router.control.calibrating = True
+        router.control.counts.zero_()
+    try:
+        yield lambda: update_controllers(model)
+    finally:
+        for router in routers:
+            router.control.calibrating = False
 
 
 def finalize_model_grads(model, num_tokens=None, pg_collection=None, force_all_reduce=False) -> None:

@@ -49,7 +49,7 @@ class AnyExpertsMoELayer(MoELayer):
         self.token_dispatcher = None
         self.dispatcher = SlotDispatcher(config, self.num_local_experts, self.local_expert_indices, pg_collection)
         self.importance = Importance(config) if config.anyexperts_needs_importance else None
-        has_virtual = bool(config.anyexperts_virtual_experts) or config.anyexperts_dispatch_eps is not None
+        has_virtual = config.anyexperts_max_virtual_slots > 0 or self.dispatcher.eps is not None
         self.virtual = VirtualExpert(config) if has_virtual else None
         # Megatron marks expert parameters as dense at EP = 1: then optimizer states of EP = 1 and EP > 1 differ in
         # structure, and a checkpoint of one does not load into the other (Megatron-Core 0.19).

@@ -81,24 +81,26 @@ def plan_dispatch(demand_SP: Tensor, cap: Tensor | int) -> DispatchPlan:
             f"to be sent; use a cap of at least {-(-load_P.sum().item() // ranks)}"
         )
     quota_SP = _largest_remainder(demand_SP, load_P, torch.minimum(load_P, cap))
-    given_up_S = (demand_SP - quota_SP).sum(1)
+    given_up_S = demand_SP.sum(1) - quota_SP.sum(1)
     return DispatchPlan(cap, quota_SP, _share_room(given_up_S, (cap - load_P).clamp_min(0)))
 
 
 def _largest_remainder(demand_SP: Tensor, load_P: Tensor, seats_P: Tensor) -> Tensor:
     """Scale each column of `demand_SP` (sum `load_P`) down to the sum `seats_P`, proportionally."""
-    sources, ranks = demand_SP.shape
-    scaled_SP = demand_SP * seats_P
-    floor_SP = _floor_divide(scaled_SP, load_P.clamp_min(1))
-    remainder_SP = scaled_SP - floor_SP * load_P
-    left_P = seats_P - floor_SP.sum(0)
+    # One contiguous row per rank: sorting along columns takes several times as long.
+    demand_PS, load_P1, seats_P1 = demand_SP.T.contiguous(), load_P[:, None], seats_P[:, None]
+    ranks, sources = demand_PS.shape
+    scaled_PS = demand_PS * seats_P1
+    floor_PS = _floor_divide(scaled_PS, load_P1.clamp_min(1))
+    remainder_PS = scaled_PS - floor_PS * load_P1
+    left_P1 = seats_P1 - floor_PS.sum(1, keepdim=True)
     # Equal remainders are common (equal demands). `source ^ rank` puts the sources in another order in each
-    # column, so that no source loses every tie.
+    # row, so that no source loses every tie.
     source_S = torch.arange(sources, device=demand_SP.device)
-    rank_P = torch.arange(ranks, device=demand_SP.device)
-    key_PS = remainder_SP.T * (1 << max(sources, ranks).bit_length()) + (source_S ^ rank_P[:, None])
-    threshold_P1 = _sort_rows(key_PS).gather(1, (sources - left_P).clamp_max(sources - 1)[:, None])
-    return floor_SP + ((key_PS >= threshold_P1) & (left_P > 0)[:, None]).T
+    rank_P1 = torch.arange(ranks, device=demand_SP.device)[:, None]
+    key_PS = (remainder_PS << max(sources, ranks).bit_length()) + (source_S ^ rank_P1)
+    threshold_P1 = _sort_rows(key_PS).gather(1, (sources - left_P1).clamp_max(sources - 1))
+    return (floor_PS + ((key_PS >= threshold_P1) & (left_P1 > 0))).T
 
 
 def _share_room(given_up_S: Tensor, room_P: Tensor) -> Tensor:

@@ -144,6 +144,7 @@ class AnyExpertsRouter(TopKRouter):
             gates_TE = self._balance_losses(gates_TE, scores, map_TE, padding_T, seq_length, batch)
             gates_TE = self._importance_losses(gates_TE, importance_T, soft_T, slots_T, padding_T)
             self._apply_expert_bias(map_TE, padding_T)
+        if self.control.calibrating or (self.training and torch.is_grad_enabled()):
             self.control.count(soft_T, slots_T, used_TK, padding_T)
         return RoutingDecision(gates_TE, map_TE, virtual_gate_T, importance_T.detach(), slots_T, fallback_TE)
 

@@ -5,13 +5,13 @@ from hypothesis import strategies as st
 from megatron.core import rerun_state_machine
 from megatron.core.rerun_state_machine import RerunState
 
-from megatron_anyexperts.moe.controllers import next_offset, next_virtual_bias, update_controllers
+from megatron_anyexperts.moe.controllers import calibration, next_offset, next_virtual_bias, update_controllers
 from megatron_anyexperts.moe.router import AnyExpertsRouter
 from tests.unit.moe.builders import HIDDEN, config, groups
 
 
 def build(**options) -> AnyExpertsRouter:
-    router = AnyExpertsRouter(config(anyexperts_k_min=2, anyexperts_k_max=6, **options), groups())
+    router = AnyExpertsRouter(config(**({"anyexperts_k_min": 2, "anyexperts_k_max": 6} | options)), groups())
     router.weight.data.normal_()
     return router
 
@@ -89,3 +89,31 @@ def test_a_repeated_step_sees_the_state_of_the_first_run(one_rank, monkeypatch):
 
     machine.state = RerunState.WILL_RERUN_FROM_CHECKPOINT
     assert router.state_dict()["control.slot_offset"].item() == 0
+
+
+def test_a_checkpoint_is_dialled_to_other_ranges_and_targets_without_training(one_rank):
+    trained = build(anyexperts_rho_max=0.34, anyexperts_target_slots=5.0, anyexperts_target_real=4.5)
+    hidden, importance = torch.randn(500, 4, HIDDEN), torch.rand(2000)
+    for _ in range(30):
+        step(trained, hidden, importance)
+    for options in (
+        {"anyexperts_target_slots": 3.0, "anyexperts_target_real": 2.8, "anyexperts_rho_max": 0.34},
+        {"anyexperts_k_max": 4, "anyexperts_target_slots": 3.5, "anyexperts_rho_max": 0.0},
+    ):
+        dialled = build(anyexperts_virtual_experts=2, **options)
+        dialled.load_state_dict(trained.state_dict())
+        dialled.eval()
+        with torch.no_grad(), calibration([dialled]) as adjust:
+            for _ in range(100):
+                decision = dialled(hidden, None, importance)
+                adjust()
+        slots, real = decision.slots_T.float().mean().item(), decision.routing_map_TE.sum(1).float().mean().item()
+        assert abs(slots / options["anyexperts_target_slots"] - 1) < 0.01
+        if options["anyexperts_rho_max"]:
+            assert abs(real / options["anyexperts_target_real"] - 1) < 0.01
+        else:
+            assert real == slots
+        before = dialled.control.slot_offset.clone()
+        with torch.no_grad():
+            dialled(hidden, None, importance)
+        assert dialled.control.counts.sum() == 0 and torch.equal(before, dialled.control.slot_offset)
