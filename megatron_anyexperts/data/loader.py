@@ -154,7 +154,7 @@ class MicrobatchLoader:
             DataFeedError: the feed has failed; Energon would wait for the dead worker for ever.
             ValueError: the rank is in the middle of a round, or a one-pass stream has read all its samples.
         """
-        if self._failed:
+        if self._failed or self._emitted and not all(worker.is_alive() for worker in self._loader._iterator._workers):
             raise DataFeedError("a failed data feed has no state to save; restart from the last checkpoint")
         if self._emitted == 0:
             return self._restored or elastic.RankState(0, None)

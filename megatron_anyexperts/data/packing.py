@@ -50,6 +50,8 @@ def row_order(keys: list[list[str]]) -> list[int]:
 
 def assemble_row(samples: list[Planned], seq_length: int, shape: MediaShape, pad_id: int) -> dict[str, np.ndarray]:
     """Lay decoded samples side by side in one row of the microbatch (see `collate`), padded to `seq_length`."""
+    if (needed := sum(sample.size[0] for sample in samples)) > seq_length:
+        raise ValueError(f"samples of {needed} positions do not fit a row of {seq_length}")
     arrays = {
         "tokens": np.full(seq_length, pad_id, np.int64),
         "labels": np.full(seq_length, pad_id, np.int64),
@@ -71,8 +73,6 @@ def assemble_row(samples: list[Planned], seq_length: int, shape: MediaShape, pad
         arrays["token_modality"][span] = sample.modality[:-1]
         arrays["sample_modality"][span] = sample.sample_modality
         start += length
-    if start > seq_length:
-        raise ValueError(f"samples of {start} positions do not fit a row of {seq_length}")
     patches = [patch for sample in samples for patch in sample.frames]
     clips = [clip for sample in samples for clip in sample.clips]
     empty_patches, empty_clip = np.zeros((0, shape.patch_values), np.float32), np.zeros((0, shape.n_mels), np.float32)

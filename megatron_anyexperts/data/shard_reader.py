@@ -1,12 +1,11 @@
-"""Reads samples out of indexed tars: local ones straight from memory offsets, with retries and named damage.
+"""Reads samples out of indexed tars with one read each, with retries, and with damage named instead of raised.
 
 Energon's own reader seeks and parses each member through `tarfile` and lets damage end the run, past every error
-handler. This one reads a sample with a single positioned read and hands damage on as data, so that the cooker can
-report it like any other bad sample. Remote shards still go through Energon's reader.
+handler. This one reads a sample at once and hands damage on as data, so that the cooker can report it like any other
+bad sample. Storage, its cache and its credentials remain Energon's business.
 """
 
 import io
-import os
 import struct
 import tarfile
 import time
@@ -15,6 +14,7 @@ from collections import OrderedDict
 
 import numpy as np
 from megatron.energon import SavableDataset
+from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLoaderDataset
 from megatron.energon.source_info import SourceInfo
@@ -59,36 +59,39 @@ def _parse_with_tarfile(block: bytes) -> list[tuple[str, bytes]]:
         return [(member.name, tar.extractfile(member).read()) for member in tar if member.isfile()]
 
 
-class _LocalShard:
+class _Shard:
     """An open tar and its index of sample offsets."""
 
-    def __init__(self, path: str) -> None:
-        self.offsets = np.fromfile(f"{path.removesuffix('.tar')}.tar.idx", "<u8")
-        self.descriptor = os.open(path, os.O_RDONLY)
+    def __init__(self, path: EPath) -> None:
+        with path.with_suffix(".tar.idx").open("rb") as index:
+            self._offsets = np.frombuffer(index.read(), "<u8")
+        # For local files the multi-storage client would only add its bookkeeping to every read.
+        self._file = io.FileIO(path.local_path()) if path.is_local() else path.open("rb")
 
     def read(self, index: int) -> bytes:
-        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
-        block = os.pread(self.descriptor, end - start, start)
+        start, end = int(self._offsets[index]), int(self._offsets[index + 1])
+        self._file.seek(start)
+        block = self._file.read(end - start)
         if len(block) != end - start:
             raise ValueError(f"the tar ends at byte {start + len(block)}, its index expects {end}")
         return block
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        self._file.close()
 
 
 class ShardReader:
     """A drop-in for Energon's indexed reader of one dataset.
 
     Args:
-        inner: Energon's reader; names the shards and reads remote ones.
+        inner: Energon's reader; names the shards and says how many samples each holds.
         retries: repetitions of a read that failed with an operating-system or network error.
         backoff: seconds before the first repetition, doubled before each further one.
     """
 
     def __init__(self, inner: ShardInfosITarReader, retries: int, backoff: float) -> None:
         self._inner, self._retries, self._backoff = inner, retries, backoff
-        self._open: OrderedDict[int, _LocalShard] = OrderedDict()
+        self._open: OrderedDict[int, _Shard] = OrderedDict()
         self._given_up: set[int] = set()
 
     def __len__(self) -> int:
@@ -125,11 +128,8 @@ class ShardReader:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _read(self, shard: int, index: int) -> dict:
-        info = self._inner.shard_infos[shard]
-        if not info.path.is_local():
-            return self._inner[index]
         if shard not in self._open:
-            self._open[shard] = _LocalShard(str(info.path.local_path()))
+            self._open[shard] = _Shard(self._inner.shard_infos[shard].path)
             if len(self._open) > self._inner.itar_cache_size:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(shard)
@@ -158,9 +158,6 @@ class ShardReader:
     def _forget(self, shard: int) -> None:
         if opened := self._open.pop(shard, None):
             opened.close()
-        # A handle that failed may be stuck; Energon keeps its own.
-        if not self._inner.shard_infos[shard].path.is_local():
-            self._inner.close()
 
 
 def install(dataset: SavableDataset, retries: int, backoff: float) -> None:

@@ -1,0 +1,134 @@
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from megatron_anyexperts.data import media_decode
+from megatron_anyexperts.data.log_mel import log_mel
+from megatron_anyexperts.data.samples import Media, SampleError
+from tests.data.feed import corpus
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([(28, 14), (14, 14), (32, 16)]))
+def test_fitted_sizes_are_multiples_within_the_limits(height, width, geometry):
+    multiple, patch = geometry
+    rows, columns = media_decode.fit_grid(height, width, multiple, patch, 16, 1024)
+    assert rows % multiple == 0 and columns % multiple == 0
+    assert rows * columns // patch**2 <= 1024
+
+
+@given(st.integers(200, 1500), st.integers(200, 1500))
+def test_ordinary_pictures_keep_their_aspect(height, width):
+    rows, columns = media_decode.fit_grid(height, width, 28, 14, 16, 1024)
+    assert abs(np.log((rows / columns) / (height / width))) < 0.25
+
+
+def test_small_pictures_are_enlarged_to_the_minimum():
+    rows, columns = media_decode.fit_grid(10, 10, 28, 14, 64, 1024)
+    assert rows * columns // 14**2 == 64
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK", "I;16"])
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_every_mode_becomes_rgb(mode, form):
+    if mode == "CMYK" and form == "PNG":
+        return
+    buffer = io.BytesIO()
+    Image.new(mode, (20, 10)).save(buffer, form)
+    assert media_decode.decode_image(buffer.getvalue(), 28, 56, 10_000).shape == (28, 56, 3)
+
+
+def test_transparent_pixels_become_white():
+    buffer = io.BytesIO()
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(buffer, "PNG")
+    assert (media_decode.decode_image(buffer.getvalue(), 8, 8, 100) == 255).all()
+
+
+def test_camera_orientation_is_applied():
+    picture = Image.new("RGB", (40, 20), "black")
+    picture.paste("white", (0, 0, 20, 20))  # left half
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # displayed turned clockwise: left becomes top
+    picture.save(buffer, "JPEG", exif=exif, quality=95)
+    assert media_decode.image_size(buffer.getvalue(), 1000) == (40, 20)
+    turned = media_decode.decode_image(buffer.getvalue(), 40, 20, 1000)
+    assert turned[:15].mean() > 200 and turned[25:].mean() < 50
+
+
+def test_a_decompression_bomb_is_refused_by_its_header():
+    buffer = io.BytesIO()
+    Image.new("1", (5_000, 5_000)).save(buffer, "PNG")
+    with pytest.raises(SampleError, match="5000 x 5000 pixels exceeds data_image_max_pixels=1000"):
+        media_decode.image_size(buffer.getvalue(), 1000)
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_rejected_not_crashed_on(data):
+    for read in (
+        lambda: media_decode.image_size(data, 1000),
+        lambda: media_decode.decode_audio(Media("audio", data, "ogg"), 5),
+        lambda: media_decode.probe_video(Media("video", data, "mp4"), 5, 1000),
+    ):
+        with pytest.raises(SampleError):
+            read()
+
+
+def test_patches_are_cut_in_raster_order():
+    image = np.zeros((4, 6, 3), np.uint8)
+    image[0:2, 2:4, 1] = 255
+    patches = media_decode.patchify(image, 2)
+    assert patches.shape == (6, 12)
+    expected = np.full((6, 12), -1.0, np.float32)
+    expected[1, 4:8] = 1.0  # the second patch, green channel
+    np.testing.assert_allclose(patches, expected, atol=1e-6)
+
+
+def test_audio_becomes_16_khz_mono():
+    samples = media_decode.decode_audio(Media("audio", corpus.wav_bytes(0, seconds=0.5), "wav"), 1.0)
+    assert abs(len(samples) - 8000) <= 16
+    peak = np.abs(np.fft.rfft(samples)).argmax() * 16_000 / len(samples)
+    assert abs(peak - 200) < 4
+
+
+def test_long_audio_is_rejected_not_cut():
+    with pytest.raises(SampleError, match="longer than data_audio_max_seconds=0.4"):
+        media_decode.decode_audio(Media("audio", corpus.wav_bytes(0, seconds=0.5), "wav"), 0.4)
+
+
+def test_a_tone_lights_its_mel_bin():
+    time = np.arange(16_000) / 16_000
+    low, high = (log_mel(np.sin(2 * np.pi * f * time).astype(np.float32), 80).mean(0).argmax() for f in (300, 3000))
+    assert low < high
+    assert log_mel(np.zeros(400, np.float32), 80).shape == (2, 80)
+
+
+@given(st.integers(1, 400), st.floats(0.5, 30), st.floats(0.1, 10), st.integers(1, 32))
+def test_sampled_frames_ascend_within_the_budget(count, rate, fps, budget):
+    frames = media_decode.sample_frames([index / rate for index in range(count)], fps, budget)
+    assert 1 <= len(frames) <= min(budget, count)
+    assert list(frames) == sorted(set(frames)) and frames[-1] < count
+
+
+def test_a_video_gives_the_frames_that_were_asked_for():
+    media = Media("video", corpus.mp4_bytes(0), "mp4")
+    height, width, times = media_decode.probe_video(media, 10, 10_000)
+    assert (height, width, len(times)) == (48, 64, 12) and times[-1] == pytest.approx(11 / 4)
+    pictures = media_decode.decode_frames(media, (0, 11), 28, 28)
+    assert [picture.shape for picture in pictures] == [(28, 28, 3)] * 2
+    assert (pictures[0] != pictures[1]).any()
+
+
+def test_a_cut_video_is_rejected():
+    media = Media("video", corpus.mp4_bytes(0), "mp4")
+    with pytest.raises(SampleError):
+        cut = dataclasses.replace(media, data=media.data[: len(media.data) // 2])
+        media_decode.probe_video(cut, 10, 10_000)
+    with pytest.raises(SampleError, match="ends after 1 of 2 sampled frames"):
+        media_decode.decode_frames(media, (0, 99), 28, 28)
+    with pytest.raises(SampleError, match="exceeds data_video_max_seconds=1"):
+        media_decode.probe_video(media, 1, 10_000)
