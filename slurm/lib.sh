@@ -47,7 +47,7 @@ srun_command() {
   read -ra extra <<<"$SRUN_EXTRA"
   # One dead rank ends all of them at once: the others would wait for it inside a collective until it times out.
   SRUN=(srun "--job-name=$3" "--nodes=$1" "--nodelist=$2" "--ntasks=$(($1 * $4))" "--ntasks-per-node=$4"
-        "--cpus-per-task=$CPUS_PER_RANK" "--chdir=$ROOT" --kill-on-bad-exit=1 --unbuffered)
+        "--cpus-per-task=$CPUS_PER_RANK" "--chdir=$ROOT" --kill-on-bad-exit=1)
   # Every rank sees all GPUs of its node and picks its own by LOCAL_RANK, as NCCL's peer-to-peer paths require.
   ((GPUS_PER_NODE)) && SRUN+=("--gpus-per-node=$GPUS_PER_NODE" --gpu-bind=none)
   SRUN+=("${extra[@]}")

@@ -78,7 +78,9 @@ def main() -> int:
         dist.all_reduce(figures)
         done += 1
         state = (state * 31 + figures[0].item()) % 1000003
-        runlog.append_metrics(run, done, loss=state, world=world, train_iters=args.train_iters) if rank == 0 else None
+        runlog.append_metrics(
+            run, done, loss=state, loss_count=state, world=world, train_iters=args.train_iters
+        ) if rank == 0 else None
         run.samples.mkdir(exist_ok=True)
         with rank_file(run.samples, rank, "jsonl").open("a") as samples:
             samples.write(json.dumps({"iteration": done, "keys": list(keys)}) + "\n")

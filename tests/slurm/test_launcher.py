@@ -18,11 +18,11 @@ def counting(submitted):
     return submitted
 
 
-def expected_losses(iterations: int = ITERATIONS) -> dict[int, float]:
+def expected_losses(iterations: int = ITERATIONS) -> dict[int, dict[str, float]]:
     state, losses = 0.0, {}
     for iteration in range(1, iterations + 1):
         state = (state * 31 + sum(key**2 for key in range((iteration - 1) * 4, iteration * 4))) % 1000003
-        losses[iteration] = state
+        losses[iteration] = {"loss_count": state}
     return losses
 
 

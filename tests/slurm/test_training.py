@@ -155,7 +155,10 @@ def test_a_lost_node_leaves_a_smaller_run_that_grows_again(submitted, data, unin
     assert [event["nodes"] for event in submitted.events("attempt")] == [["n1", "n2"], ["n1"], ["n1", "n2"]]
     assert [event["world_size"] for event in submitted.events("start")] == [2, 1, 2]
     assert submitted.sample_keys() == keys
-    assert submitted.losses(relative=1e-5) == pytest.approx(losses, rel=1e-5)
+    found = submitted.losses(relative=1e-5)
+    assert found.keys() == losses.keys()
+    for iteration, expected in losses.items():
+        assert found[iteration] == pytest.approx(expected, rel=1e-5), iteration
 
 
 def test_a_full_disk_during_a_save(submitted, data, uninterrupted):
