@@ -1,0 +1,65 @@
+"""Megatron's own loop trains this model: alike with static routing, in any layout, and across an interruption."""
+
+import math
+
+import pytest
+
+from megatron_anyexperts.training.step_stats import read_sample_log
+from tests.end_to_end.launch import pretrain
+
+STATIC = (
+    *("--anyexperts-k-min", "2", "--anyexperts-k-max", "2", "--anyexperts-rho-max", "0", "--anyexperts-alpha", "0"),
+    *("--unset", "anyexperts-target-slots", "--unset", "anyexperts-target-real"),
+    # Stock Megatron cannot combine the padding mask with the expert bias.
+    *("--unset", "moe-router-enable-expert-bias"),
+)
+TWENTY = ("--train-iters", "20", "--save-interval", "100")
+
+
+def test_static_routing_trains_exactly_like_stock_megatron(corpus, tmp_path):
+    ours = pretrain(corpus, tmp_path / "ours", *STATIC, *TWENTY)
+    stock = pretrain(corpus, tmp_path / "stock", *STATIC, *TWENTY, "--anyexperts-stock-moe")
+    assert len(ours.losses) == 20
+    assert ours.losses == stock.losses
+
+
+def test_expert_parallelism_does_not_change_the_losses(corpus, tmp_path):
+    alone = pretrain(corpus, tmp_path / "ep1", *TWENTY)
+    split = pretrain(corpus, tmp_path / "ep2", *TWENTY, "--expert-model-parallel-size", "2", ranks=2)
+    assert alone.losses.keys() == split.losses.keys()
+    for iteration, loss in alone.losses.items():
+        assert math.isclose(loss, split.losses[iteration], rel_tol=2e-4), iteration
+    assert alone.losses[20] < 0.9 * alone.losses[1]
+
+
+def test_resuming_on_fewer_ranks_trains_the_very_next_samples(corpus, tmp_path):
+    ep2 = ("--expert-model-parallel-size", "2")
+    whole = pretrain(corpus, tmp_path / "whole", *ep2, ranks=2)
+    pretrain(corpus, tmp_path / "broken", *ep2, "--exit-interval", "3", ranks=2)
+    resumed = pretrain(corpus, tmp_path / "broken")
+    assert read_sample_log(resumed.run.samples) == read_sample_log(whole.run.samples)
+    assert resumed.losses.keys() == whole.losses.keys()
+    for iteration, loss in whole.losses.items():
+        assert math.isclose(loss, resumed.losses[iteration], rel_tol=1e-5), iteration
+
+
+def test_resuming_in_the_same_layout_is_bit_identical(corpus, tmp_path):
+    whole = pretrain(corpus, tmp_path / "whole")
+    pretrain(corpus, tmp_path / "broken", "--exit-interval", "3")
+    resumed = pretrain(corpus, tmp_path / "broken")
+    assert resumed.losses == whole.losses
+
+
+@pytest.mark.parametrize(
+    "ranks, flags",
+    [
+        (2, ("--pipeline-model-parallel-size", "2", "--overlap-grad-reduce")),
+        (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1")),
+    ],
+    ids=["PP2", "TP2+SP"],
+)
+def test_other_layouts_train_alike(corpus, tmp_path, ranks, flags):
+    alone = pretrain(corpus, tmp_path / "alone")
+    split = pretrain(corpus, tmp_path / "split", *flags, ranks=ranks)
+    for iteration, loss in alone.losses.items():
+        assert math.isclose(loss, split.losses[iteration], rel_tol=2e-4), iteration
