@@ -221,10 +221,10 @@ def real_steps(setting: Setting, options: argparse.Namespace) -> dict[tuple[str,
         return torch.load(Path(folder, "steps.pt"), weights_only=False)
 
 
-def plan_milliseconds(setting: Setting) -> float:
-    """CPU time to plan one layer from the gathered [P, E] counts of the workload `hot rank`."""
+def plan_milliseconds(setting: Setting, workload: str) -> float:
+    """CPU time to plan one layer from the gathered [P, E] counts."""
     counts_SE = torch.stack(
-        [decision_of(setting, "hot rank", 0, source).routing_map_TE.sum(0) for source in range(setting.ranks)]
+        [decision_of(setting, workload, 0, source).routing_map_TE.sum(0) for source in range(setting.ranks)]
     )
     fastest = float("inf")
     for _ in range(20):
@@ -250,8 +250,10 @@ def main() -> None:
         real = real_steps(setting, options) if ranks in REAL_PROCESSES else None
         print(
             f"\nEP {ranks}, {setting.experts} experts, top-{setting.k}, {setting.tokens} tokens per rank, "
-            f"{'real processes' if real else 'planner alone'}; plan {plan_milliseconds(setting):.2f} ms"
+            f"{'real processes' if real else 'planner alone'}"
         )
+        timed = ((name, plan_milliseconds(setting, name)) for name in ("balanced", "hot rank", "hot experts"))
+        print("plan time: " + ", ".join(f"{name} {milliseconds:.2f} ms" for name, milliseconds in timed))
         print(
             f"{'workload':20} {'dropless':>9} {'capacity':>9} {'dropped':>8} {'bias':>7} {'cap':>6} "
             f"{'rerouted':>9} {'virtual':>8} {'dropped':>8} {'dropless/cap':>13}"

@@ -80,27 +80,33 @@ def plan_dispatch(demand_SP: Tensor, cap: Tensor | int) -> DispatchPlan:
             f"cap={cap.item()} on {ranks} expert ranks holds {cap.item() * ranks} slots, but {load_P.sum().item()} are "
             f"to be sent; use a cap of at least {-(-load_P.sum().item() // ranks)}"
         )
-    quota_SP = _largest_remainder(demand_SP, load_P, torch.minimum(load_P, cap))
+    rank_P = torch.arange(ranks, device=demand_SP.device)
+    if demand_SP.device.type == "cpu":  # on a GPU, picking the ranks over the cap would synchronise
+        rank_P = rank_P[load_P > cap]
+    quota_SP = demand_SP.clone()
+    quota_SP[:, rank_P] = _largest_remainder(demand_SP, torch.minimum(load_P, cap), rank_P)
     given_up_S = demand_SP.sum(1) - quota_SP.sum(1)
     return DispatchPlan(cap, quota_SP, _share_room(given_up_S, (cap - load_P).clamp_min(0)))
 
 
-def _largest_remainder(demand_SP: Tensor, load_P: Tensor, seats_P: Tensor) -> Tensor:
-    """Scale each column of `demand_SP` (sum `load_P`) down to the sum `seats_P`, proportionally."""
-    # One contiguous row per rank: sorting along columns takes several times as long.
-    demand_PS, load_P1, seats_P1 = demand_SP.T.contiguous(), load_P[:, None], seats_P[:, None]
-    ranks, sources = demand_PS.shape
+def _largest_remainder(demand_SP: Tensor, seats_P: Tensor, rank_P: Tensor) -> Tensor:
+    """Columns `rank_P` of the demand, scaled down proportionally to the sums `seats_P[rank_P]`."""
+    # One contiguous row per rank, and few temporaries: sorting columns, or a fresh page for every step, would
+    # take as long as the rest.
+    demand_PS, seats_P1 = demand_SP.T[rank_P], seats_P[rank_P, None]
+    sources = demand_PS.shape[1]
+    load_P1 = demand_PS.sum(1, keepdim=True)
     scaled_PS = demand_PS * seats_P1
     floor_PS = _floor_divide(scaled_PS, load_P1.clamp_min(1))
-    remainder_PS = scaled_PS - floor_PS * load_P1
+    remainder_PS = scaled_PS.sub_(floor_PS * load_P1)
     left_P1 = seats_P1 - floor_PS.sum(1, keepdim=True)
     # Equal remainders are common (equal demands). `source ^ rank` puts the sources in another order in each
     # row, so that no source loses every tie.
     source_S = torch.arange(sources, device=demand_SP.device)
-    rank_P1 = torch.arange(ranks, device=demand_SP.device)[:, None]
-    key_PS = (remainder_PS << max(sources, ranks).bit_length()) + (source_S ^ rank_P1)
+    width = max(sources, seats_P.shape[0]).bit_length()
+    key_PS = remainder_PS.mul_(1 << width).add_(source_S ^ rank_P[:, None])
     threshold_P1 = _sort_rows(key_PS).gather(1, (sources - left_P1).clamp_max(sources - 1))
-    return (floor_PS + ((key_PS >= threshold_P1) & (left_P1 > 0))).T
+    return floor_PS.add_((key_PS >= threshold_P1) & (left_P1 > 0)).T
 
 
 def _share_room(given_up_S: Tensor, room_P: Tensor) -> Tensor:
@@ -120,7 +126,7 @@ def _share_room(given_up_S: Tensor, room_P: Tensor) -> Tensor:
 def _floor_divide(numerator: Tensor, divisor: Tensor) -> Tensor:
     # Three times as fast as int64 division, and exact: a quotient a/b below an integer misses it by at least 1/b,
     # which float64 resolves while a < 2**52.
-    return (numerator.double() / divisor).floor().long()
+    return numerator.double().div_(divisor).floor_().long()
 
 
 def _sort_rows(key: Tensor) -> Tensor:

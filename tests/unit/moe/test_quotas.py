@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_anyexperts.moe.quotas import plan_dispatch, slot_cap
+from megatron_anyexperts.moe.quotas import _largest_remainder, plan_dispatch, slot_cap
 
 EPS = st.sampled_from([0.0, 0.01, 0.05, 0.1, 0.5, 3.0])
 
@@ -98,6 +98,13 @@ def test_scarce_room_does_not_always_go_to_the_same_sources():
 def test_the_plan_does_not_depend_on_memory_layout_or_threads(demand, eps):
     plan, other = _plan(demand, eps), _plan(demand.T.contiguous().T.clone(), eps)
     assert torch.equal(plan.quota_SP, other.quota_SP) and torch.equal(plan.room_SP, other.room_SP)
+
+
+@given(demands(), EPS)
+def test_scaling_every_rank_as_on_a_gpu_equals_scaling_those_over_the_cap(demand, eps):
+    plan = _plan(demand, eps)
+    seats, ranks = torch.minimum(demand.sum(0), plan.cap), torch.arange(demand.shape[1])
+    assert torch.equal(_largest_remainder(demand, seats, ranks), plan.quota_SP)
 
 
 @given(st.integers(1, 2**26), st.integers(1, 1024), st.integers(0, 2 * 10**6))
