@@ -1,0 +1,80 @@
+"""When a run finishes, retries, requeues and gives up."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_anyexperts.survival.restarts import Action, attempts, decide, failures_without_progress, first_failure
+
+
+def attempt(sealed: int | None = None) -> dict:
+    return {"event": "attempt", "iteration": sealed}
+
+
+def ended(reason: str) -> dict:
+    return {"event": "exit", "reason": reason}
+
+
+def verdict(events: list[dict], sealed=None, code=1, signalled=None, limit=3):
+    return decide(events, sealed, code, signalled, limit)
+
+
+def test_a_finished_run_is_finished_whatever_its_teardown_returned():
+    assert verdict([attempt(), {"event": "finished"}], code=139).action is Action.FINISH
+
+
+def test_finishing_in_an_earlier_attempt_does_not_count():
+    assert verdict([attempt(), {"event": "finished"}, attempt(10)], 10).action is not Action.FINISH
+
+
+@pytest.mark.parametrize(
+    ("code", "signalled", "action", "reason"),
+    [
+        (1, None, Action.RETRY, "crash, exit code 1"),
+        (0, None, Action.REQUEUE, "stopped by signal"),
+        (0, "time limit", Action.REQUEUE, "time limit"),
+        (137, "terminated", Action.REQUEUE, "terminated"),
+    ],
+)
+def test_each_end_has_its_action(code, signalled, action, reason):
+    found = verdict([attempt()], code=code, signalled=signalled)
+    assert (found.action, found.reason) == (action, reason)
+
+
+def test_a_hang_is_retried_in_place_and_named():
+    found = verdict([attempt(), {"event": "hang", "rank": 3, "node": "n7"}], code=137)
+    assert (found.action, found.reason) == (Action.RETRY, "hang of rank 3 on n7")
+
+
+def test_a_crash_loop_stops_and_lists_its_causes():
+    events = [attempt(), ended("crash, exit code 1"), attempt(10), attempt(10)]
+    found = verdict(events, 10, limit=2)
+    assert found.action is Action.STOP
+    assert "2 attempts without a newer checkpoint (node lost or job killed; crash, exit code 1)" in found.summary
+    assert "newest checkpoint: 10" in found.summary
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from(["crash", "terminated", "time limit"])), max_size=12))
+def test_only_blamed_attempts_since_the_last_progress_count(steps):
+    events, sealed = [], 0
+    for progressed, reason in steps:
+        events += [attempt(sealed), ended(reason)]
+        sealed += progressed
+    expected = 0
+    for progressed, reason in steps:
+        expected = 0 if progressed else expected + (reason != "terminated")
+    assert failures_without_progress(attempts(events, sealed)) == expected
+
+
+def test_trainings_own_exit_is_not_the_launchers():
+    (found,) = attempts([attempt(), {"event": "exit", "code": 0}], None)
+    assert found.reason == "node lost or job killed"
+
+
+def test_the_first_task_that_srun_reports_is_the_culprit():
+    text = "noise\nsrun: error: n2: task 1: Killed\nsrun: error: n1: tasks 0,2-3: Terminated\n"
+    assert first_failure(text) == {"rank": 1, "node": "n2", "cause": "Killed"}
+    assert first_failure("srun: error: n1: tasks 4-7: Exited with exit code 1")["rank"] == 4
+    assert first_failure("all went well") == {}
