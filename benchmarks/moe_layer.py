@@ -1,11 +1,13 @@
 """Forward and backward of our mixture layer against Megatron's, in one run on one device.
 
     python benchmarks/moe_layer.py                  # small sizes, for a CPU
+    python benchmarks/moe_layer.py --preset routing # Ling-mini-2.0's router over experts too thin to cost anything
     python benchmarks/moe_layer.py --preset ling    # Ling-mini-2.0 layer: H 2048, 256 experts, FFN 512, top-8, bf16
 
 Both sides have the same experts and the same kind of dispatcher (alltoall). Dynamic layers route with virtual experts
 and a slot range around top-k; their controllers are run in first, until the mean of real slots is the one asked for.
-Rounds interleave all variants, and medians are compared, so that drift of the machine hits all alike.
+Rounds interleave all variants, and medians are compared, so that drift of the machine hits all alike. With one CPU
+thread the clock is the processor time of this process, so that other load on the machine counts little.
 """
 
 import argparse
@@ -46,6 +48,7 @@ class Size:
 
 PRESETS = {
     "small": [Size(1024, 256, 16, 256, 4), Size(2048, 512, 32, 256, 8), Size(1024, 1024, 64, 512, 8)],
+    "routing": [Size(4096, 2048, 256, 8, 8)],
     "ling": [Size(tokens, 2048, 256, 512, 8) for tokens in (4096, 8192, 16384, 32768)],
 }
 
@@ -121,17 +124,23 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def clock() -> float:
+    """Return seconds: wall time, or processor time on a single CPU thread."""
+    alone = not torch.cuda.is_available() and torch.get_num_threads() == 1
+    return time.process_time() if alone else time.perf_counter()
+
+
 def medians(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     """Return the median seconds of each step over interleaved rounds, after two rounds to warm up."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 2):
         for name, step in steps.items():
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             step()
             synchronize()
             if turn >= 2:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

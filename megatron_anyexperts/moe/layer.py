@@ -108,7 +108,7 @@ class AnyExpertsMoELayer(MoELayer):
         if gates:
             output_TH = self.virtual(output_TH, hidden_TH, sum(gates))
         observe(
-            self.layer_number,
+            self.layer_number + (self.config.num_layers if self.is_mtp_layer else 0),
             decision,
             dispatched.load,
             hidden_SBH.shape[:2],

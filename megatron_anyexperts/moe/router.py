@@ -239,8 +239,12 @@ class AnyExpertsRouter(TopKRouter):
     def _attach(self, gates_TE: Tensor, name: str, coeff: float, loss: Tensor, valid_T: Tensor | None) -> Tensor:
         """Attach a loss that is the same on all ranks of a microbatch; `attach_and_log_load_balancing_loss` sums."""
         config = self.config
+        number = self.layer_number
+        if self.is_mtp_layer:
+            number += config.num_layers
+            if config.mtp_use_repeated_layer:  # one layer, called mtp_num_layers times
+                loss = loss / config.mtp_num_layers
         layers = config.num_layers + (config.mtp_num_layers or 0)
-        number = self.layer_number + (config.num_layers if self.is_mtp_layer else 0)
         get_moe_metrics_tracker().record(name, loss, number, layers, avg_group=self.tp_cp_group)
         if self.calculate_per_token_loss:
             # Megatron then divides all gradients by the tokens of the global batch.

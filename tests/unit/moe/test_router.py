@@ -207,3 +207,52 @@ def test_fallback_gates_cover_exactly_the_eligible_columns_without_a_slot(one_ra
             assert ((free | decision.routing_map_TE).sum(1) == 6).all()
         else:
             assert (free ^ decision.routing_map_TE).all()
+
+
+@pytest.mark.parametrize("score", SCORES, ids=str)
+def test_static_and_dynamic_path_agree_on_fallback_gates(one_rank, score):
+    built = AnyExpertsRouter(config(anyexperts_alpha=0.0, anyexperts_dispatch_eps=0.1, **score), groups())
+    built.weight.data.normal_()
+    hidden = torch.randn(20, 2, HIDDEN)
+    static = built(hidden)
+    general = built.decide(built.gating(hidden), None, torch.full((40,), 0.5))
+    torch.testing.assert_close(static.fallback_gates_TE, general.fallback_gates_TE)
+
+
+@pytest.mark.parametrize(
+    "forced",
+    [{"moe_router_force_load_balancing": True}, {"moe_router_force_biased": 0.5}],
+    ids=lambda value: next(iter(value)),
+)
+def test_forced_routing_keeps_the_slots_and_moves_the_experts(one_rank, forced):
+    built = router(**forced)
+    hidden, importance = torch.randn(1, 1, HIDDEN).expand(500, 2, HIDDEN), torch.rand(1000)
+    decision = built(hidden, None, importance)
+    real = decision.routing_map_TE.sum(0).float()
+    assert (decision.slots_T >= 2).all() and decision.slots_T.float().mean() > 4
+    assert real.min() > 0
+    if "moe_router_force_load_balancing" in forced:
+        assert real.max() / real.mean() < 1.15
+
+
+def test_jitter_moves_logits_in_training(one_rank):
+    built = router(moe_input_jitter_eps=0.2)
+    hidden, importance = batch()
+    first, second = built(hidden, None, importance), built(hidden, None, importance)
+    assert torch.equal(first.slots_T, second.slots_T)
+    assert not torch.equal(first.gates_TE, second.gates_TE)
+
+
+def test_virtual_bias_moves_the_choice_and_not_the_gates(one_rank):
+    built = router(moe_router_score_function="sigmoid", moe_router_pre_softmax=False)
+    hidden, importance = batch()
+    shares = []
+    for bias in (-12.0, 0.0, 12.0):
+        built.control.virtual_bias.fill_(bias)
+        decision = built(hidden, None, importance)
+        shares.append((decision.slots_T - decision.routing_map_TE.sum(1)).float().mean().item())
+        assert decision.virtual_gate_T.max() < 1
+    assert shares[0] == 0 < shares[1] < shares[2]
+    caps = torch.tensor([virtual_cap(slots, 0.35) for slots in decision.slots_T.tolist()])
+    # A saturated sigmoid ties at 1, and on a tie the real column wins.
+    assert shares[2] == pytest.approx(caps.float().mean().item(), rel=0.05)
