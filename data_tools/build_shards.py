@@ -12,6 +12,7 @@ CORPUS.yaml and the layout of DIR are described in docs/building_shards.md.
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 from megatron_anyexperts.data.build.build import build, claim_output, rebuild_shard
@@ -118,7 +119,10 @@ def main() -> None:
         # Ranks that wait at the end would wait for ever.
         comm.Abort(1)
     if comm is not None:
-        comm.Barrier()
+        # A plain barrier would keep a core busy on every rank while the first one finishes.
+        everybody = comm.Ibarrier()
+        while not everybody.Test():
+            time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def build(corpus: Corpus, output: Path, share: Share, workers: int, quiet: bool 
     if share.part != 0:
         return None
     manifest = finish(corpus, corpus_document(corpus), chunks, scanned, plan, output, tool_version())
-    shutil.rmtree(work / "tmp", ignore_errors=True)
+    for folder in ("tmp", "claims", "trace"):
+        shutil.rmtree(work / folder, ignore_errors=True)
     return manifest
 
 

@@ -10,6 +10,9 @@ from megatron_anyexperts.data.build.sample import Sample
 PERMUTATIONS = 64
 """Length of a MinHash signature; the similarity is estimated to about +-0.06."""
 
+SCHEME = "affine32"
+"""The hash functions of datasketch; stored signatures say nothing about theirs."""
+
 
 def text_signature(sample: Sample) -> np.ndarray:
     """MinHash of the word 3-grams of a sample's text, uint64 [PERMUTATIONS]."""
@@ -17,7 +20,7 @@ def text_signature(sample: Sample) -> np.ndarray:
 
     words = " ".join(sample.texts()).lower().split()
     grams = {" ".join(words[start : start + 3]) for start in range(max(1, len(words) - 2))}
-    signature = MinHash(num_perm=PERMUTATIONS, seed=1)
+    signature = MinHash(num_perm=PERMUTATIONS, seed=1, scheme=SCHEME)
     signature.update_batch([gram.encode("utf-8", "replace") for gram in grams])
     return signature.hashvalues.astype(np.uint64)
 
@@ -51,7 +54,7 @@ def repeated_texts(signatures: np.ndarray, kinds: np.ndarray, threshold: float) 
     repeated = np.zeros(len(signatures), dtype=bool)
     index = {int(kind): MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS) for kind in np.unique(kinds)}
     for number, (values, kind) in enumerate(zip(signatures, kinds, strict=True)):
-        minhash = MinHash(num_perm=PERMUTATIONS, seed=1, hashvalues=values)
+        minhash = MinHash(num_perm=PERMUTATIONS, seed=1, hashvalues=values, scheme=SCHEME)
         candidates = index[int(kind)].query(minhash)
         # The index answers with false candidates as well, so the similarity itself decides.
         repeated[number] = any(np.mean(signatures[other] == values) >= threshold for other in candidates)

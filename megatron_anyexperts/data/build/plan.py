@@ -35,7 +35,7 @@ class ShardPlan:
         digest.update(np.ascontiguousarray(self.chunks).tobytes())
         return digest.hexdigest()
 
-    def keys(self) -> list[str]:
+    def sample_keys(self) -> list[str]:
         """Keys of the samples: the content hash, so that a sample keeps its key wherever it moves."""
         return [
             f"{high:016x}{low:016x}" + (f"-{repeat}" if repeat else "")

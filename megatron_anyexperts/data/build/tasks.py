@@ -31,6 +31,10 @@ class ScanTask:
     def _file(self, folder: str, suffix: str) -> Path:
         return work_file(self.work, folder, self.number, suffix)
 
+    @property
+    def claim(self) -> Path:
+        return self._file("claims", "scan")
+
     def done(self) -> bool:
         return self.path.is_file()
 
@@ -73,6 +77,10 @@ class WriteTask:
     name: str
     output: Path
     version: str
+
+    @property
+    def claim(self) -> Path:
+        return self.output / ".build" / "claims" / self.name
 
     def done(self) -> bool:
         return is_written(self.plan, self.output)

@@ -1,23 +1,35 @@
 """Run tasks in any number of processes, on any number of machines, without a coordinator.
 
 A task knows whether its result is on disk. Every participant does its own share of the tasks and then helps with
-whatever is still missing, so nobody waits for a participant that died, and a single one can do everything. Two
-may do the same task at the same time: results are deterministic and appear atomically, so that does no harm.
+whatever is still missing, so nobody waits for long for a participant that died, and a single one can do everything.
+A claim keeps two from doing the same task at the same time; should it happen after all, it does no harm, since
+results are deterministic and appear atomically.
 """
 
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
+
+PATIENCE_SECONDS = 120.0
+"""Age from which a claim of another participant is taken for that of a dead one."""
+
+POLL_SECONDS = 0.5
 
 
 class Task(Protocol):
     """A piece of work whose result is a file."""
+
+    @property
+    def claim(self) -> Path:
+        """A file whose age says how long somebody has been doing this."""
 
     def done(self) -> bool:
         """Whether the result is on disk."""
@@ -52,6 +64,37 @@ def in_turn[T](tasks: Sequence[T], share: Share) -> Iterator[T]:
         yield from reversed(tasks[(share.part + distance) % share.parts :: share.parts])
 
 
+def to_do(tasks: Sequence[Task], share: Share) -> Iterator[Task | None]:
+    """Every task once, own ones first; None while all that is left is being done by others."""
+    own = len(tasks[share.part :: share.parts])
+    order = list(in_turn(tasks, share))
+    yield from order[:own]
+    left = order[own:]
+    while left:
+        claimed = []
+        for task in left:
+            if task.done() or not _is_claimed(task):
+                yield task
+            else:
+                claimed.append(task)
+        if len(claimed) == len(left):
+            yield None
+        left = claimed
+
+
+def _is_claimed(task: Task) -> bool:
+    try:
+        return time.time() - task.claim.stat().st_mtime < PATIENCE_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _claim(task: Task, share: Share) -> None:
+    if share.parts > 1:
+        task.claim.parent.mkdir(parents=True, exist_ok=True)
+        task.claim.touch()
+
+
 def run_tasks(tasks: Sequence[Task], share: Share, workers: int, on_done: Callable[[int], None]) -> None:
     """Make sure that every task is done.
 
@@ -59,40 +102,57 @@ def run_tasks(tasks: Sequence[Task], share: Share, workers: int, on_done: Callab
         tasks: the same list for every participant.
         share: which tasks to begin with.
         workers: processes to use; 0 runs in this process, where a decoder that crashes ends the build.
-        on_done: called once per task with the number of items handled, 0 when it was done before.
+        on_done: called once per task with the number of items handled, 0 when another did it or it was done before.
     """
+    queue = to_do(tasks, share)
     if workers == 0:
-        for task in in_turn(tasks, share):
-            on_done(0 if task.done() else task.run())
+        for task in queue:
+            if task is None:
+                time.sleep(POLL_SECONDS)
+            elif task.done():
+                on_done(0)
+            else:
+                _claim(task, share)
+                on_done(task.run())
         return
-    queue = in_turn(tasks, share)
     while True:
-        unfinished = _run_in_pool(queue, min(workers, len(tasks)), on_done)
+        unfinished = _run_in_pool(queue, share, min(workers, len(tasks)), on_done)
         if not unfinished:
             return
         for task in unfinished:
             on_done(_run_alone(task))
 
 
-def _run_in_pool(queue: Iterator[Task], workers: int, on_done: Callable[[int], None]) -> list[Task]:
+def _run_in_pool(
+    queue: Iterator[Task | None], share: Share, workers: int, on_done: Callable[[int], None]
+) -> list[Task]:
     """Run until the queue is empty, or until a worker dies: then return the tasks that were under way."""
     running: dict[Future, Task] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, workers), mp_context=context, initializer=_start_worker) as pool:
         try:
-            while True:
+            empty = False
+            while not empty or running:
                 # A short queue keeps the question whether a task is done fresh.
-                while len(running) < workers + 1 and (task := next(queue, None)) is not None:
+                while not empty and len(running) <= workers:
+                    try:
+                        task = next(queue)
+                    except StopIteration:
+                        empty = True
+                        break
+                    if task is None:
+                        time.sleep(POLL_SECONDS)
+                        break
                     if task.done():
                         on_done(0)
-                    else:
-                        running[pool.submit(task.run)] = task
-                if not running:
-                    return []
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        continue
+                    _claim(task, share)
+                    running[pool.submit(task.run)] = task
+                for future in wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED).done:
                     items = future.result()
                     del running[future]
                     on_done(items)
+            return []
         except BrokenProcessPool:
             return list(running.values())
         except BaseException:

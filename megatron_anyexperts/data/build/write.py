@@ -138,7 +138,7 @@ def check_tokens(tokens: int, limit: int | None) -> None:
 
 def _planned_items(corpus: Corpus, chunks: Mapping[int, Chunk], plan: ShardPlan, work: Path, rejected: list[dict]):
     """Read the planned samples again, in order; what is not what it was goes to `rejected`."""
-    keys = plan.keys()
+    keys = plan.sample_keys()
     for run in np.split(np.arange(len(keys)), np.flatnonzero(np.diff(plan.chunks)) + 1):
         number = int(plan.chunks[run[0]])
         source = corpus.sources[chunks[number]["source"]]

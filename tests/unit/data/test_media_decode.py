@@ -1,9 +1,10 @@
 import dataclasses
 import io
 
+import av
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -13,6 +14,7 @@ from megatron_anyexperts.data.samples import Media, SampleError
 from tests.data.feed import corpus
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([(28, 14), (14, 14), (32, 16)]))
 def test_fitted_sizes_are_multiples_within_the_limits(height, width, geometry):
     multiple, patch = geometry
@@ -21,6 +23,7 @@ def test_fitted_sizes_are_multiples_within_the_limits(height, width, geometry):
     assert rows * columns // patch**2 <= 1024
 
 
+@settings(deadline=None)
 @given(st.integers(200, 1500), st.integers(200, 1500))
 def test_ordinary_pictures_keep_their_aspect(height, width):
     rows, columns = media_decode.fit_grid(height, width, 28, 14, 16, 1024)
@@ -67,6 +70,7 @@ def test_a_decompression_bomb_is_refused_by_its_header():
         media_decode.image_size(buffer.getvalue(), 1000)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_rejected_not_crashed_on(data):
     for read in (
@@ -107,6 +111,7 @@ def test_a_tone_lights_its_mel_bin():
     assert log_mel(np.zeros(400, np.float32), 80).shape == (2, 80)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400), st.floats(0.5, 30), st.floats(0.1, 10), st.integers(1, 32))
 def test_sampled_frames_ascend_within_the_budget(count, rate, fps, budget):
     frames = media_decode.sample_frames([index / rate for index in range(count)], fps, budget)
@@ -132,3 +137,17 @@ def test_a_cut_video_is_rejected():
         media_decode.decode_frames(media, (0, 99), 28, 28)
     with pytest.raises(SampleError, match="exceeds data_video_max_seconds=1"):
         media_decode.probe_video(media, 1, 10_000)
+
+
+@pytest.mark.parametrize("form", ["u8", "s16", "s32", "flt", "fltp", "dbl", "s16p"])
+@pytest.mark.parametrize("layout", ["mono", "stereo"])
+def test_every_sample_format_is_scaled_to_one(form, layout):
+    channels = 1 if layout == "mono" else 2
+    wave = np.repeat(np.array([[0.0, 0.5, -0.5, 0.25]]), channels, axis=0)
+    scale = {"u8": 128, "s16": 2**15, "s32": 2**31}.get(form.removesuffix("p"), 1.0)
+    raw = wave * scale + 128 * (form == "u8")
+    kind = {"u8": "u1", "s16": "i2", "s32": "i4", "flt": "f4", "dbl": "f8"}[form.removesuffix("p")]
+    raw = raw if form.endswith("p") else raw.T.reshape(1, -1)
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(raw.astype(kind)), format=form, layout=layout)
+    mono = media_decode._mono(frame.to_ndarray(), frame.format, channels)
+    np.testing.assert_allclose(mono, wave[0], atol=0.01)
