@@ -41,7 +41,8 @@ load_settings() {
   MIN_NODES=${NODES%-*} MAX_NODES=${NODES#*-}
 }
 
-# srun_command COUNT NODELIST NAME RANKS_PER_NODE: fills the array SRUN; a command appended to it runs in every rank.
+# srun_command COUNT NODELIST NAME RANKS_PER_NODE [OPTION ...]: fills the array SRUN; a command appended to it runs in
+# every rank.
 srun_command() {
   local mounts="$ROOT:$ROOT${RUN:+,$RUN:$RUN}${MOUNTS:+,$MOUNTS}" extra
   read -ra extra <<<"$SRUN_EXTRA"
@@ -50,7 +51,7 @@ srun_command() {
         "--cpus-per-task=$CPUS_PER_RANK" "--chdir=$ROOT" --kill-on-bad-exit=1)
   # Every rank sees all GPUs of its node and picks its own by LOCAL_RANK, as NCCL's peer-to-peer paths require.
   ((GPUS_PER_NODE)) && SRUN+=("--gpus-per-node=$GPUS_PER_NODE" --gpu-bind=none)
-  SRUN+=("${extra[@]}")
+  SRUN+=("${@:5}" "${extra[@]}")
   case $CONTAINER in
     none) SRUN+=("$ROOT/slurm/rank.sh") ;;
     pyxis) SRUN+=("--container-image=$IMAGE" "--container-mounts=$mounts" "--container-workdir=$ROOT"
@@ -87,7 +88,7 @@ address_of() { # a node's name need not resolve; the address that Slurm itself u
 on_every_node() {
   local nodes
   nodes=$(IFS=,; echo "$*")
-  srun_command $# "$nodes" preflight 1
+  srun_command $# "$nodes" preflight 1 --kill-on-bad-exit=0 # a node that fails must not silence the others
   MASTER_ADDR=$(address_of "$1") timeout "$PREFLIGHT_TIMEOUT_S" \
     "${SRUN[@]}" "$PYTHON" -m megatron_anyexperts.survival "${COMMAND[@]}" >"$REPORTS" &
   # Not judged by its exit code: a node that failed or kept silent is missing from the reports and named for it.

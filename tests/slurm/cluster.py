@@ -169,9 +169,19 @@ class Cluster:
                 raise TimeoutError(f"{failure} within {seconds} s\n{details()}")
             time.sleep(0.1)
 
-    def pids(self, job_id: int | str, rank: int) -> list[int]:
-        """Processes of one task of a job (the task and its children), found through their environment."""
-        return self._pids_of(f"SLURM_JOB_ID={job_id}", f"SLURM_PROCID={rank}")
+    def pid(self, job_id: int | str, rank: int, program: str) -> int | None:
+        """The main process of a rank of a job, None while there is none.
+
+        Args:
+            job_id: of the job, or of one task of an array.
+            rank: as `slurm/rank.sh` numbers it.
+            program: part of its command line, which tells training from the preflight.
+        """
+        for pid in self._pids_of(f"SLURM_JOB_ID={job_id}", f"RANK={rank}"):
+            with contextlib.suppress(OSError):
+                if program in Path(f"/proc/{pid}/cmdline").read_text():
+                    return pid
+        return None
 
     def _write_conf(self) -> None:
         controller, *node_ports = free_ports(1 + len(NODES))

@@ -44,7 +44,7 @@ def test_a_killed_rank_is_named_and_the_run_continues_from_its_checkpoint(counti
     counting.submit("--train-iters", ITERATIONS, NODES=2)
     counting.await_iteration(15, 40)
     started = time.monotonic()
-    os.kill(counting.cluster.pids(counting.job, rank=1)[-1], signal.SIGKILL)
+    os.kill(counting.cluster.pid(counting.job, 1, "counting_run"), signal.SIGKILL)
     exit_event = counting.await_event("exit", 20)
     assert time.monotonic() - started < 15
     assert (exit_event["rank"], exit_event["node"]) == (1, "n2")

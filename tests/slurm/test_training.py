@@ -19,6 +19,7 @@ from megatron_anyexperts.survival.run import Run
 from tests.data.feed import corpus
 from tests.slurm.conftest import Submitted
 
+PROGRAM = "pretrain_multimodal"
 ITERATIONS = 12
 SAVE_INTERVAL = 4
 MODEL = {
@@ -70,14 +71,6 @@ def assert_equal_to(uninterrupted, run: Submitted) -> None:
     assert run.sample_keys() == keys
 
 
-def kill_rank(run: Submitted, rank: int) -> None:
-    for pid in run.cluster.pids(run.job, rank):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue  # a child of one that died just before
-
-
 def attempts(run: Submitted) -> int:
     return len(run.events("attempt"))
 
@@ -116,9 +109,11 @@ def kill_at_random(run: Submitted, data: dict, kills: int, seed: int) -> None:
             )
             time.sleep(draw.uniform(0, 0.3))
         else:
-            run.cluster.wait(lambda: run.cluster.pids(run.job, 1), 60, "no rank", run.log)
+            run.cluster.wait(
+                lambda: all(run.cluster.pid(run.job, rank, PROGRAM) for rank in (0, 1)), 60, "no rank", run.log
+            )
             time.sleep(draw.uniform(0, 25))
-        kill_rank(run, draw.randrange(2))
+        os.kill(run.cluster.pid(run.job, draw.randrange(2), PROGRAM), signal.SIGKILL)
         run.cluster.wait(
             lambda kill=kill: sum("reason" in event for event in run.events("exit")) == kill + 1,
             60,
