@@ -148,6 +148,15 @@ def _quiet_rng_fork(original: Callable) -> Callable:
     return original
 
 
+def _splits_as_lists(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
+        splits = (s.tolist() if isinstance(s, torch.Tensor) else s for s in (output_split_sizes, input_split_sizes))
+        return original(output, input, *splits, **kwargs)
+
+    return all_to_all_single
+
+
 def _no_dynamo(_original: Any) -> bool:
     return True
 
@@ -237,6 +246,12 @@ BRIDGES: tuple[Bridge, ...] = (
         "disable",
         _no_dynamo,
         "fused functions would be compiled by a C++ compiler at first use",
+    ),
+    Bridge(
+        "torch.distributed",
+        "all_to_all_single",
+        _splits_as_lists,
+        "stock Megatron turns splits into lists only on their way from the device to the host",
     ),
     *(Bridge("torch", name, _factory_on_cpu, _FACTORY) for name in _FACTORIES),
     Bridge(

@@ -1,4 +1,4 @@
-"""Pretraining that also writes the live weights, fp32 masters and Adam moments, right before it saves and after it loads.
+"""Pretraining that also writes the live weights, fp32 masters and Adam moments, before it saves and after it loads.
 
 Each rank writes, for every tensor and state, the part it holds with its place in the whole tensor, so that a test can
 compare states across layouts without going through the checkpoint format.
