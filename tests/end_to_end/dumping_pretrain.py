@@ -11,7 +11,7 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.training.utils import unwrap_model
+from megatron.core.utils import unwrap_model
 
 from megatron_anyexperts.training import checkpoints, pretrain
 
