@@ -58,6 +58,7 @@ def test_every_sample_is_in_one_shard_or_a_duplicate(scans, seed, exact, most, s
     assert [shard.digest for shard in again.shards] == [shard.digest for shard in plan.shards]
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 50), max_size=60), most=st.integers(1, 9), size=st.integers(1, 120))
 def test_cutting_covers_everything_and_closes_a_shard_only_when_the_next_sample_does_not_fit(sizes, most, size):
     slices = cut(np.array(sizes, dtype=np.int64), Shards(max_samples=most, max_bytes=size))
@@ -67,6 +68,7 @@ def test_cutting_covers_everything_and_closes_a_shard_only_when_the_next_sample_
         assert len(held) == most or sum(held) + sizes[following.start] > size
 
 
+@settings(deadline=None)
 @given(pairs=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=40))
 def test_occurrences_count_earlier_equals(pairs):
     high, low = (np.array([pair[i] for pair in pairs], dtype=np.uint64) for i in (0, 1))
