@@ -56,7 +56,7 @@ class TrainingMetrics(RoutingTracker):
             runlog.append_metrics(
                 self.run,
                 iteration,
-                **_interval_losses(others.get("total_loss_dict") or {}),
+                **_router_losses(others.get("total_loss_dict") or {}),
                 **figures,
                 load_max_over_mean=routing.get("load", {}).get("rank_max_over_mean"),
                 routing=routing,
@@ -66,11 +66,11 @@ class TrainingMetrics(RoutingTracker):
         return "".join(f" {name}: {value:.4g} |" for name, value in figures.items()) + text
 
 
-def _interval_losses(totals: dict[str, Any]) -> dict[str, float]:
-    """Mean of each loss over the steps of the interval, named as in the log with underscores."""
+def _router_losses(totals: dict[str, Any]) -> dict[str, float]:
+    """Mean of each router loss since Megatron last cleared its totals, named with underscores."""
     steps = max(1, totals.get("advanced iterations", 1))
     return {
-        "loss" if name == "lm loss" else name.replace(" ", "_"): float(value) / steps
+        name.replace(" ", "_"): float(value) / steps
         for name, value in totals.items()
-        if name.endswith("loss")
+        if name.endswith("loss") and name != "lm loss"
     }

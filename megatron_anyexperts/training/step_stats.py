@@ -92,7 +92,7 @@ class StepStats:
             device: where the reduced tensors live.
 
         Returns:
-            ``loss_<modality>`` where the interval had targets of that kind (on the last pipeline stage),
+            ``loss`` and ``loss_<modality>``, per target, where the interval had targets (on the last pipeline stage),
             ``tokens_per_s`` over all data-parallel ranks, and ``data_wait_share`` of the slowest rank, 0 to 1.
         """
         elapsed = max(time.monotonic() - self.started, 1e-9)
@@ -103,7 +103,9 @@ class StepStats:
         torch.distributed.all_reduce(wait, op=torch.distributed.ReduceOp.MAX)
         totals = flat[:-1].reshape(-1, 2).tolist()
         self.modality_loss, self.tokens, self.data_wait, self.started = None, 0, 0.0, time.monotonic()
-        losses = {f"loss_{name}": total / n for name, (total, n) in zip(MODALITIES, totals, strict=True) if n}
+        rows = [("loss", [sum(column) for column in zip(*totals, strict=True)])]
+        rows += [(f"loss_{name}", total) for name, total in zip(MODALITIES, totals, strict=True)]
+        losses = {name: total / targets for name, (total, targets) in rows if targets}
         return {**losses, "tokens_per_s": flat[-1].item() / elapsed, "data_wait_share": wait.item()}
 
 
