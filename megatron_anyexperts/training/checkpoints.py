@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_anyexperts.survival import checkpoints as files
 from megatron_anyexperts.survival import runlog
+from megatron_anyexperts.survival.heartbeat import Heartbeat
 from megatron_anyexperts.survival.manifest import digest, iteration_directory, payload_files
 from megatron_anyexperts.survival.run import Run
 
@@ -72,10 +73,12 @@ class Checkpoints:
         run: where events are logged; None logs none.
         keep_last: newest checkpoints that stay; 0 keeps all.
         keep_every: multiples of this iteration stay for good; 0 for no such exception.
+        heartbeat: told of saves, which may take much longer than a step.
     """
 
-    def __init__(self, run: Run | None, keep_last: int, keep_every: int):
+    def __init__(self, run: Run | None, keep_last: int, keep_every: int, heartbeat: Heartbeat | None = None):
         self.run = run
+        self.heartbeat = heartbeat
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.train_loader: Any = None
@@ -96,6 +99,8 @@ class Checkpoints:
 
         A save that fails (usually a full disk) is removed and logged; older checkpoints and the run are not touched.
         """
+        if self.heartbeat is not None:
+            self.heartbeat.beat(iteration, "save")
         args = get_args()
         save_dir = Path(args.save)
         folder = iteration_directory(save_dir, iteration)

@@ -132,7 +132,7 @@ def _run_megatron(args: argparse.Namespace, run: Run | None) -> None:
         get_write_results_queue("fork")
     upstream.install()
     heartbeat = heartbeats.start_heartbeat(run, args.rank) if run else None
-    checkpoints = Checkpoints(run, args.keep_last_checkpoints, args.keep_every_checkpoint)
+    checkpoints = Checkpoints(run, args.keep_last_checkpoints, args.keep_every_checkpoint, heartbeat)
     checkpoints.install()
     stats = StepStats()
     torch.cuda.set_device(args.local_rank)  # the tracker keeps tensors there; Megatron selects the device only later
