@@ -1,20 +1,24 @@
-"""Keeps the helper processes of a rank alive while the rank answers SIGTERM by saving.
+"""Makes a helper process of a rank live exactly as long as the rank.
 
-Slurm signals every process of a step, not only the ranks. A helper that dies of it takes the save with it.
+Slurm signals every process of a step, not only the ranks: a helper that dies of SIGTERM takes with it the save that the
+signal asks for. And a helper that outlives a killed rank keeps the step's output open, so that srun never returns.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-@contextmanager
-def helpers_ignore_sigterm() -> Iterator[None]:
-    """Processes started inside this block ignore SIGTERM, forked and spawned ones alike. Main thread only."""
-    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def live_with_parent() -> None:
+    """Call it first thing in a forked helper: SIGTERM is ignored, and the parent's death is this process's own."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:  # the parent died before the call above
+        os._exit(1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from megatron_anyexperts.survival import heartbeat as heartbeats
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.checkpoints import NoUsableCheckpoint
 from megatron_anyexperts.survival.run import Run
-from megatron_anyexperts.survival.signals import helpers_ignore_sigterm
+from megatron_anyexperts.survival.signals import live_with_parent
 from megatron_anyexperts.training.arguments import UsageError, parse
 
 DEFAULTS = {"tokenizer_type": "HuggingFaceTokenizer"}
@@ -113,7 +115,7 @@ def pretrain(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> None:
 
 
 def _run_megatron(args: argparse.Namespace, run: Run | None) -> None:
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.enums import ModelType
     from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
     from megatron.training import training
@@ -128,8 +130,9 @@ def _run_megatron(args: argparse.Namespace, run: Run | None) -> None:
 
     # The process behind this queue takes part in every save. Forked here it starts at once; Megatron would spawn it,
     # and import everything in it again, during the first save.
-    with helpers_ignore_sigterm():
-        get_write_results_queue("fork")
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(initializer=live_with_parent)
+    filesystem_async._results_queue = manager.Queue()
     upstream.install()
     heartbeat = heartbeats.start_heartbeat(run, args.rank) if run else None
     checkpoints = Checkpoints(run, args.keep_last_checkpoints, args.keep_every_checkpoint, heartbeat)
