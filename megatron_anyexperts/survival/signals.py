@@ -7,6 +7,7 @@ signal asks for. And a helper that outlives a killed rank keeps the step's outpu
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -16,9 +17,10 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def live_with_parent() -> None:
-    """Call it first thing in a forked helper: SIGTERM is ignored, and the parent's death is this process's own."""
+    """Call it first thing in a helper that multiprocessing forked: SIGTERM is ignored, and the parent's death is this process's own."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:  # the parent died before the call above
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it died before the call above
         os._exit(1)
