@@ -14,6 +14,7 @@ import logging
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -191,6 +192,12 @@ _FACTORIES = [
 BRIDGES: tuple[Bridge, ...] = (
     Bridge("torch.cuda", "current_device", _value(CPU), "used as device= in factories and .to()"),
     Bridge("torch.cuda", "set_device", _value(None), "selects the local rank's GPU"),
+    Bridge(
+        "torch.cuda",
+        "get_device_properties",
+        _value(SimpleNamespace(major=0, minor=0, name="cpu")),
+        "tensor parallelism looks up the device's architecture",
+    ),
     Bridge("torch.cuda", "synchronize", _value(None), _STREAMS),
     Bridge("torch.cuda", "Stream", _object(_Stream), _STREAMS),
     Bridge("torch.cuda", "Event", _object(_Event), _STREAMS),
