@@ -17,7 +17,7 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def live_with_parent() -> None:
-    """Call it first thing in a helper that multiprocessing forked: SIGTERM is ignored, and the parent's death is this process's own."""
+    """Call it first thing in a helper that multiprocessing forked: it ignores SIGTERM and dies with its parent."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
