@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from megatron_anyexperts.survival import checkpoints
-from megatron_anyexperts.survival.manifest import iteration_directory
+from megatron_anyexperts.survival import checkpoints, runlog
+from megatron_anyexperts.survival.manifest import iteration_directory, saved_iterations
 from megatron_anyexperts.survival.run import Run
 from tests.data.feed import corpus
 from tests.slurm.conftest import Submitted
@@ -93,26 +93,42 @@ def test_a_signal_then_a_truncated_newest_checkpoint(submitted, data, uninterrup
     assert_equal_to(uninterrupted, submitted)
 
 
+def moment_to_kill(run: Submitted, kind: str, draw: random.Random) -> None:
+    """Wait for a random moment of the present attempt: while it starts, saves or steps."""
+    folder, began = run.run.checkpoints, run.events("attempt")[-1]["time"]
+    if kind == "start":
+        time.sleep(draw.uniform(0, 8))
+    elif kind == "save":
+
+        def saving() -> bool:
+            sealed = set(checkpoints.sealed_iterations(folder))
+            unsealed = set(saved_iterations(folder)) - sealed
+            return any(iteration_directory(folder, each).stat().st_mtime > began for each in unsealed)
+
+        run.cluster.wait(saving, 200, "no save", run.log)
+        time.sleep(draw.uniform(0, 0.3))
+    else:
+        # One save further than before, so that kills do not keep the run from progressing.
+        sealed = checkpoints.newest_sealed(folder) or 0
+        target = min(sealed + SAVE_INTERVAL + draw.randint(1, 2), ITERATIONS - 1)
+
+        def reached() -> bool:
+            rows = runlog.read(run.run.metrics)
+            return any(row["iteration"] >= target and row["time"] > began for row in rows)
+
+        run.cluster.wait(reached, 200, "no step", run.log)
+
+
 def kill_at_random(run: Submitted, data: dict, kills: int, seed: int) -> None:
-    """Train while killing a random rank at random moments, of which every second one is during a save."""
+    """Train while random ranks are killed, in turn at the start, during a save and between steps."""
     draw = random.Random(seed)
     submit(run, data, {"MAX_FAILURES": kills + 1})
     for kill in range(kills):
         run.cluster.wait(lambda kill=kill: attempts(run) == kill + 1, 60, "no restart", run.log)
-        if kill % 2:
-            unsealed = set(range(SAVE_INTERVAL, ITERATIONS + 1, SAVE_INTERVAL)) - set(
-                checkpoints.sealed_iterations(run.run.checkpoints)
-            )
-            folders = [iteration_directory(run.run.checkpoints, iteration) for iteration in unsealed]
-            run.cluster.wait(
-                lambda folders=folders: any(folder.exists() for folder in folders), 200, "no save", run.log
-            )
-            time.sleep(draw.uniform(0, 0.3))
-        else:
-            run.cluster.wait(
-                lambda: all(run.cluster.pid(run.job, rank, PROGRAM) for rank in (0, 1)), 60, "no rank", run.log
-            )
-            time.sleep(draw.uniform(0, 25))
+        run.cluster.wait(
+            lambda: all(run.cluster.pid(run.job, rank, PROGRAM) for rank in (0, 1)), 60, "no rank", run.log
+        )
+        moment_to_kill(run, ("start", "save", "step")[kill % 3], draw)
         os.kill(run.cluster.pid(run.job, draw.randrange(2), PROGRAM), signal.SIGKILL)
         run.cluster.wait(
             lambda kill=kill: sum("reason" in event for event in run.events("exit")) == kill + 1,
