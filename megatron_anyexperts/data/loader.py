@@ -128,7 +128,7 @@ class MicrobatchLoader:
             raise DataFeedError("the data feed has failed before or was closed; restart the job from its checkpoint")
         try:
             if self._iterator is None:
-                # PyAV's resampler leaves a filter graph with threads in a reference cycle. A worker's garbage collector
+                # A codec that is left in a reference cycle keeps its threads. A worker's garbage collector
                 # would wait for those threads for ever, because a fork does not copy them: clear them away here.
                 gc.collect()
                 self._iterator = iter(self._loader)

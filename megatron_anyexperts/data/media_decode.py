@@ -123,6 +123,28 @@ def _open_stream(media: Media) -> av.container.InputContainer:
     return av.open(io.BytesIO(media.data), format=demuxers[media.extension])
 
 
+_FULL_SCALE = {"u8": 2.0**7, "s16": 2.0**15, "s32": 2.0**31}
+
+
+def _mono(samples: np.ndarray, form: av.AudioFormat, channels: int) -> np.ndarray:
+    samples = samples.astype(np.float32)
+    kind = form.name.removesuffix("p")
+    if kind in _FULL_SCALE:
+        samples = samples / np.float32(_FULL_SCALE[kind]) - np.float32(kind == "u8")
+    return (samples if form.is_planar else samples.reshape(-1, channels).T).mean(axis=0)
+
+
+def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
+    # Band-limited, over the whole clip. FFmpeg's resampler costs more than decoding does, and its filter graph keeps
+    # threads that a forked worker waits for without end.
+    step = rate // math.gcd(rate, SAMPLE_RATE)
+    length = -(-(len(samples) + rate // 10) // step) * step  # a tenth of silence keeps the end apart from the start
+    result = length // step * (SAMPLE_RATE * step // rate)
+    spectrum = np.fft.rfft(samples, length)[: result // 2 + 1]
+    resampled = np.fft.irfft(spectrum, result) * (result / length)
+    return resampled[: -(-len(samples) * SAMPLE_RATE // rate)].astype(np.float32)
+
+
 def decode_audio(media: Media, max_seconds: float) -> np.ndarray:
     """Decode the first audio stream to 16 kHz mono.
 
@@ -132,26 +154,27 @@ def decode_audio(media: Media, max_seconds: float) -> np.ndarray:
     Raises:
         SampleError: no audio, damaged, longer than `max_seconds`, or shorter than one analysis window.
     """
-    limit = int(max_seconds * SAMPLE_RATE)
-    chunks: list[np.ndarray] = []
-    total = 0
     try:
         with _open_stream(media) as container:
             if not container.streams.audio:
                 raise SampleError("no audio stream")
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+            clip, total = av.AudioFifo(), 0  # joins codec frames of a few milliseconds; refuses a change of format
             for frame in container.decode(container.streams.audio[0]):
-                for resampled in resampler.resample(frame):
-                    chunks.append(resampled.to_ndarray()[0])
-                    total += len(chunks[-1])
-                if total > limit:
+                frame.pts = None
+                clip.write(frame)
+                total += frame.samples
+                if total > max_seconds * frame.sample_rate:
                     raise SampleError(f"audio is longer than data_audio_max_seconds={max_seconds}")
-            chunks.extend(resampled.to_ndarray()[0] for resampled in resampler.resample(None))
+        if not total:
+            raise SampleError("audio without samples")
+        whole = clip.read()
+        samples = _mono(whole.to_ndarray(), whole.format, whole.layout.nb_channels)
+        if whole.sample_rate != SAMPLE_RATE:
+            samples = _resample(samples, whole.sample_rate)
     except (av.FFmpegError, ValueError, EOFError) as error:
         if isinstance(error, SampleError):
             raise
         raise SampleError(f"damaged audio: {error}") from error
-    samples = np.concatenate(chunks) if chunks else np.zeros(0, np.float32)
     if len(samples) < WINDOW:
         raise SampleError(f"audio of {len(samples)} samples is shorter than one window of {WINDOW}")
     if not np.isfinite(samples).all():

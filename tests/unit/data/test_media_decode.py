@@ -99,6 +99,16 @@ def test_audio_becomes_16_khz_mono():
     assert abs(peak - 200) < 4
 
 
+@pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100, 48_000])
+def test_resampling_keeps_a_tone(rate):
+    length = int(0.3 * rate)
+    tone = np.sin(2 * np.pi * 440 * np.arange(length) / rate).astype(np.float32)
+    resampled = media_decode._resample(tone, rate)
+    assert len(resampled) == -(-length * 16_000 // rate)
+    expected = np.sin(2 * np.pi * 440 * np.arange(len(resampled)) / 16_000)
+    np.testing.assert_allclose(resampled[200:-200], expected[200:-200], atol=0.02)
+
+
 def test_long_audio_is_rejected_not_cut():
     with pytest.raises(SampleError, match="longer than data_audio_max_seconds=0.4"):
         media_decode.decode_audio(Media("audio", corpus.wav_bytes(0, seconds=0.5), "wav"), 0.4)
