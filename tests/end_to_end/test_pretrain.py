@@ -46,19 +46,20 @@ def one_rank(from_one_step):
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "flags, tolerance",
     [
-        ("--expert-model-parallel-size", "2"),
-        ("--pipeline-model-parallel-size", "2", "--overlap-grad-reduce"),
-        ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1"),
+        (("--expert-model-parallel-size", "2"), 1e-4),
+        (("--pipeline-model-parallel-size", "2", "--overlap-grad-reduce"), 1e-4),
+        # Cut matrix products round every activation differently, and now and then a token's choice of experts flips.
+        (("--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1"), 2e-3),
     ],
     ids=["EP2", "PP2", "TP2+SP"],
 )
-def test_the_layout_does_not_change_the_losses(from_one_step, one_rank, flags, request):
+def test_the_layout_does_not_change_the_losses(from_one_step, one_rank, flags, tolerance, request):
     split = from_one_step(request.node.callspec.id, *flags, ranks=2)
     assert list(split) == list(one_rank) == list(range(1, 22))
     for iteration, loss in one_rank.items():
-        assert math.isclose(loss, split[iteration], rel_tol=1e-4), iteration
+        assert math.isclose(loss, split[iteration], rel_tol=tolerance), iteration
     assert one_rank[21] < 0.9 * one_rank[1]
 
 

@@ -1,0 +1,74 @@
+"""What a user gets wrong ends in one clear message and a non-zero exit code."""
+
+import shutil
+
+import pytest
+
+from tests.end_to_end.launch import TINY, pretrain
+
+
+def message(result) -> str:
+    """The lines of the output that explain the failure."""
+    assert "Traceback" not in result.output, result.output[-3000:]
+    lines = [line for line in result.output.splitlines() if line.startswith("error")]
+    assert lines, result.output[-3000:]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (("--anyexperts-k-min", "4"), ["k_min=4", "k_max=3"]),
+        (("--num-expert", "4"), ["--num-expert", "num-experts"]),
+        (("--unset", "no-such-key"), ["no-such-key"]),
+        (("--data-streams", "3"), ["global_batch_size=4", "data_streams=3"]),
+        (("--async-save",), ["--async-save"]),
+        (("--anyexperts-rho-max", "1.5"), ["rho_max", "1.5"]),
+    ],
+    ids=["K_min above K_max", "unknown flag", "unset nothing", "batch and streams", "async save", "share above 1"],
+)
+def test_wrong_flags(corpus, tmp_path, flags, expected):
+    text = message(pretrain(corpus, tmp_path / "run", *flags, succeed=False))
+    assert all(word in text for word in expected), text
+
+
+def test_unknown_configuration_key(corpus, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(TINY.read_text().replace("hidden-size: 32", "hiden-size: 32", 1))
+    text = message(pretrain(corpus, tmp_path / "run", config=config, succeed=False))
+    assert "hiden-size" in text and "hidden-size" in text
+
+
+def test_missing_data(corpus, tmp_path):
+    text = message(pretrain(tmp_path / "nowhere", tmp_path / "run", succeed=False))
+    assert "nowhere" in text and "build_shards" in text
+
+
+def test_expert_parallelism_that_does_not_divide_the_experts(corpus, tmp_path):
+    flags = ("--num-experts", "3", "--expert-model-parallel-size", "2")
+    text = message(pretrain(corpus, tmp_path / "run", *flags, ranks=2, succeed=False))
+    assert "3" in text and "2" in text and "expert" in text
+
+
+def test_checkpoint_of_another_model(corpus, tmp_path):
+    pretrain(corpus, tmp_path / "run", "--exit-interval", "1")
+    result = pretrain(corpus, tmp_path / "run", "--hidden-size", "48", "--num-attention-heads", "4", succeed=False)
+    text = message(result)
+    assert "does not fit this run" in text
+    intact = pretrain(corpus, tmp_path / "run", "--exit-interval", "2")
+    assert 2 in intact.losses
+
+
+def test_changed_data_settings_are_refused_on_resume(corpus, tmp_path):
+    pretrain(corpus, tmp_path / "run", "--exit-interval", "1")
+    text = message(pretrain(corpus, tmp_path / "run", "--data-packing-buffer", "6", succeed=False))
+    assert "data" in text
+
+
+def test_truncated_shard_stops_with_its_name(corpus, tmp_path):
+    broken = tmp_path / "corpus"
+    shutil.copytree(corpus, broken)
+    for shard in (broken / "shards/text").glob("shard-*.tar"):
+        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 3])
+    text = message(pretrain(broken, tmp_path / "run", succeed=False))
+    assert "shard-" in text

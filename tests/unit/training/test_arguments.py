@@ -1,0 +1,54 @@
+import argparse
+
+import pytest
+import yaml
+
+from megatron_anyexperts.training.arguments import UsageError, config_to_argv, read_config
+
+
+@pytest.fixture
+def flags():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--hidden-size", type=int)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--no-fusion", dest="fusion", action="store_false")
+    parser.add_argument("--languages", nargs="+")
+    return {option: action for action in parser._actions for option in action.option_strings}
+
+
+def test_every_kind_of_value_becomes_words(flags):
+    config = {"hidden-size": 32, "bf16": True, "no-fusion": False, "languages": ["en", "fr"]}
+    assert config_to_argv(config, set(), flags) == ["--hidden-size", "32", "--bf16", "--languages", "en", "fr"]
+
+
+def test_the_command_line_wins(flags):
+    assert config_to_argv({"hidden-size": 32, "bf16": True}, {"hidden_size"}, flags) == ["--bf16"]
+
+
+def test_an_unknown_key_suggests_the_nearest(flags):
+    with pytest.raises(UsageError, match="hiden-size.*hidden-size"):
+        config_to_argv({"hiden-size": 32}, set(), flags)
+
+
+def test_a_switch_takes_no_number(flags):
+    with pytest.raises(UsageError, match="bf16.*true or false, not 3"):
+        config_to_argv({"bf16": 3}, set(), flags)
+
+
+@pytest.mark.parametrize("text", ["- a list", "nested: {a: 1}", "a: [", "plain"])
+def test_a_file_that_is_no_flat_mapping_is_refused(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=str(path)):
+        read_config(str(path))
+
+
+def test_underscores_and_dashes_are_the_same(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"hidden_size": 1, "bf16": True}))
+    assert read_config(str(path)) == {"hidden-size": 1, "bf16": True}
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UsageError, match="no/such.yaml"):
+        read_config("no/such.yaml")
