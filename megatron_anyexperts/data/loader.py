@@ -251,11 +251,14 @@ class _WorkerInit:
 
     def __init__(self, inner: Callable[[int], None]) -> None:
         self._inner = inner
+        self._owner = os.getpid()
         self._stopping = multiprocessing.get_context("fork").Value("b", 0, lock=False)
         # At exit multiprocessing runs its finalizers first and then sends its children SIGTERM and waits for them.
         self._finalizer = Finalize(None, _set, (self._stopping,), exitpriority=0)
 
     def __call__(self, worker: int) -> None:
+        if os.getppid() != self._owner:  # it died while this process started; torch would wait for its death for ever
+            os._exit(0)
         signal.signal(signal.SIGTERM, self._on_sigterm)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._inner(worker)
@@ -264,5 +267,5 @@ class _WorkerInit:
         self._finalizer()
 
     def _on_sigterm(self, _signal: int, _frame: Any) -> None:
-        if self._stopping.value:
+        if self._stopping.value or os.getppid() != self._owner:
             os._exit(0)
