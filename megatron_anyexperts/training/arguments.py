@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from megatron_anyexperts.training.config import RunConfig, apply_run_dir
@@ -117,7 +118,21 @@ def merge(cli: list[str], add: ParserHook = add_arguments) -> list[str]:
     return config_to_argv(config, overridden, flags) + rest
 
 
-def _require_files(args: argparse.Namespace) -> None:
+def _refuse(args: argparse.Namespace) -> None:
+    """Refuse what Megatron's own validation lets pass, corrects in silence, or refuses without saying the values."""
+    if args.num_experts is None:
+        raise UsageError("--num-experts is not set; this is a mixture-of-experts trainer")
+    if args.num_experts % args.expert_model_parallel_size:
+        raise UsageError(
+            f"--expert-model-parallel-size={args.expert_model_parallel_size} does not divide "
+            f"--num-experts={args.num_experts}; use a divisor of the number of experts"
+        )
+    if args.multi_latent_attention:
+        raise UsageError("--multi-latent-attention: Megatron's configuration for it knows no dynamic slots; leave it out")
+    if args.async_save and not torch.cuda.is_available():
+        raise UsageError("--async-save: Megatron's writer process dies without CUDA; save synchronously on CPU")
+    if args.async_save and not args.use_persistent_ckpt_worker:
+        raise UsageError("--async-save: Megatron ignores it without --use-persistent-ckpt-worker; add that flag")
     for path in (*(args.data_path or ()), args.tokenizer_model):
         if path and "://" not in path and not Path(path).exists():
             raise UsageError(f"{path} does not exist; build shards and tokenizer with data_tools/build_shards.py")
@@ -139,7 +154,7 @@ def parse(cli: list[str], defaults: Mapping[str, Any] | None = None) -> argparse
     sys.argv = [sys.argv[0], *merge(cli)]
     args = parse_args(extra_args_provider=add_arguments)
     apply_run_dir(args)
-    _require_files(args)
+    _refuse(args)
     validate_args(args, dict(defaults or {}))
     set_global_variables(args)
     return args

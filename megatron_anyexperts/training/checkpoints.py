@@ -197,9 +197,11 @@ class Checkpoints:
                 self._log("fallback", iteration=selection.iteration, reason=str(selection))
         try:
             return self._load(model, optimizer, scheduler, *arguments, **keywords)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
+            # Of torch's errors of all ranks, and of a mismatch in every tensor, the last line names the first cause.
+            reason = str(error).strip().splitlines()[-1]
             raise CheckpointError(
-                f"the checkpoint in {args.load} does not fit this run: {type(error).__name__}: {error}\n"
+                f"the checkpoint in {args.load} does not fit this run: {reason}; "
                 "use the model settings it was saved with, or another --run-dir (or --load) for a new model"
             ) from error
 

@@ -67,10 +67,6 @@ def check(args: argparse.Namespace) -> None:
     if args.use_distributed_optimizer:
         # The other format cannot change expert or pipeline parallelism on resume.
         args.dist_ckpt_optim_fully_reshardable = True
-    if args.async_save and not torch.cuda.is_available():
-        raise UsageError("--async-save: Megatron's writer process dies without CUDA; save synchronously on CPU")
-    if args.num_experts is None:
-        raise UsageError("--num-experts is not set; this is a mixture-of-experts trainer")
     transformer_config(args)
     MediaShape.from_args(args)
     DataConfig(**{field.name: getattr(args, field.name) for field in fields(DataConfig)})

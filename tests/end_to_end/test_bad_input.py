@@ -65,10 +65,21 @@ def test_changed_data_settings_are_refused_on_resume(corpus, tmp_path):
     assert "data" in text
 
 
-def test_truncated_shard_stops_with_its_name(corpus, tmp_path):
-    broken = tmp_path / "corpus"
-    shutil.copytree(corpus, broken)
-    for shard in (broken / "shards/text").glob("shard-*.tar"):
+@pytest.fixture
+def truncated(corpus, tmp_path):
+    """The corpus with every text shard cut off in the middle."""
+    shutil.copytree(corpus, tmp_path / "corpus")
+    for shard in (tmp_path / "corpus/shards/text").glob("shard-*.tar"):
         shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 3])
-    text = message(pretrain(broken, tmp_path / "run", succeed=False))
-    assert "shard-" in text
+    return tmp_path / "corpus"
+
+
+def test_samples_of_a_truncated_shard_are_listed_and_training_goes_on(truncated, tmp_path):
+    result = pretrain(truncated, tmp_path / "run")
+    assert "lost sample shard-" in result.output
+    assert 6 in result.losses
+
+
+def test_a_truncated_shard_stops_the_run_when_the_budget_is_spent(truncated, tmp_path):
+    text = message(pretrain(truncated, tmp_path / "run", "--data-error-budget", "0", succeed=False))
+    assert "data_error_budget=0" in text
