@@ -82,12 +82,12 @@ def data_settings(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _blend(data_path: list[str] | None) -> Path:
-    """The one blend file that ``--data-path`` names.
+def _blend(data_path: list[str] | None) -> str:
+    """The one blend file, local or ``msc://``, that ``--data-path`` names.
 
     Raises:
         ValueError: none or several are given.
     """
     if not data_path or len(data_path) != 1:
         raise ValueError(f"--data-path={data_path}: name one Energon blend, such as SHARDS/blend.yaml")
-    return Path(data_path[0])
+    return data_path[0]
