@@ -128,7 +128,7 @@ def _refuse(args: argparse.Namespace) -> None:
             f"--num-experts={args.num_experts}; use a divisor of the number of experts"
         )
     if args.multi_latent_attention:
-        raise UsageError("--multi-latent-attention: Megatron's configuration of it knows no dynamic slots; leave it out")
+        raise UsageError("--multi-latent-attention: its configuration class knows no dynamic slots; leave it out")
     if args.async_save and not torch.cuda.is_available():
         raise UsageError("--async-save: Megatron's writer process dies without CUDA; save synchronously on CPU")
     if args.async_save and not args.use_persistent_ckpt_worker:
