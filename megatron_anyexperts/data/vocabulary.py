@@ -34,3 +34,7 @@ class Vocabulary:
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens by name."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -28,10 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     from megatron_anyexperts.config import add_anyexperts_args
     from megatron_anyexperts.data.config import DataConfig
     from megatron_anyexperts.models.build import add_model_arguments
+    from megatron_anyexperts.training.learning_rates import LearningRateConfig
 
     add_anyexperts_args(parser)
     add_model_arguments(parser)
-    for config, title in ((DataConfig, "multimodal data"), (RunConfig, "run")):
+    groups = ((DataConfig, "multimodal data"), (RunConfig, "run"), (LearningRateConfig, "learning rates of parts"))
+    for config, title in groups:
         ArgumentGroupFactory(config).build_group(parser, title=title)
     return parser
 

@@ -195,13 +195,16 @@ class Checkpoints:
             if selection.skipped:
                 print_rank_0(f"WARNING: {selection}")
                 self._log("fallback", iteration=selection.iteration, reason=str(selection))
+        source = args.load
+        if args.pretrained_checkpoint and not megatron_checkpointing.checkpoint_exists(args.load):
+            source = args.pretrained_checkpoint  # as Megatron chooses
         try:
             return self._load(model, optimizer, scheduler, *arguments, **keywords)
         except (Exception, CheckpointException) as error:
             # Of torch's errors of all ranks, and of a mismatch in every tensor, the last line names the first cause.
             reason = str(error).strip().splitlines()[-1]
             raise CheckpointError(
-                f"the checkpoint in {args.load} does not fit this run: {reason}; "
+                f"the checkpoint in {source} does not fit this run: {reason}; "
                 "use the model settings it was saved with, or another --run-dir (or --load) for a new model"
             ) from error
 

@@ -7,11 +7,11 @@ import multiprocessing
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from multiprocessing.managers import SyncManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -24,6 +24,16 @@ from megatron_anyexperts.survival.signals import live_with_parent
 from megatron_anyexperts.training.arguments import UsageError, parse
 
 DEFAULTS = {"tokenizer_type": "HuggingFaceTokenizer"}
+
+
+class HeldOut(Protocol):
+    """Something measured on held-out data at every evaluation, in the two steps that Megatron's loop knows."""
+
+    def measure(self, model: list[torch.nn.Module]) -> Any:
+        """Measure the model chunks of this rank, in evaluation mode; called on every rank."""
+
+    def log(self, measured: Any, iteration: int, writer: Any) -> None:
+        """Report what `measure` returned; called on the last rank, with its TensorBoard writer."""
 
 
 def transformer_config(args: argparse.Namespace) -> Any:
@@ -60,6 +70,7 @@ def check(args: argparse.Namespace) -> None:
     from megatron_anyexperts.data.config import DataConfig
     from megatron_anyexperts.data.elastic import check_global_batch, streams_per_rank
     from megatron_anyexperts.media import MediaShape
+    from megatron_anyexperts.training.learning_rates import LearningRateConfig
 
     # Packed rows hold different numbers of targets; only a loss per token is independent of how they are spread.
     args.calculate_per_token_loss = True
@@ -69,17 +80,25 @@ def check(args: argparse.Namespace) -> None:
         args.dist_ckpt_optim_fully_reshardable = True
     transformer_config(args)
     MediaShape.from_args(args)
+    LearningRateConfig.from_args(args)
     DataConfig(**{field.name: getattr(args, field.name) for field in fields(DataConfig)})
     streams_per_rank(args.data_streams, args.data_parallel_size)
     check_global_batch(args.global_batch_size, args.micro_batch_size, args.data_streams)
 
 
-def pretrain(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> None:
+def pretrain(
+    cli: list[str],
+    defaults: Mapping[str, Any] = DEFAULTS,
+    check: Callable[[argparse.Namespace], None] = check,
+    held_out: Callable[[argparse.Namespace], HeldOut] | None = None,
+) -> None:
     """Parse the command line and train until done; every rank of the job calls this.
 
     Args:
         cli: words of the command line without the program's name.
         defaults: flag defaults of the entry point.
+        check: refuses arguments before anything starts.
+        held_out: makes what is measured, beside the loss, at every evaluation.
 
     Raises:
         UsageError: the command line cannot be carried out.
@@ -96,7 +115,7 @@ def pretrain(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> None:
         restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         runlog.append_event(run, "start", world_size=args.world_size, restart=restart)
     try:
-        _run_megatron(args, run)
+        _run_megatron(args, run, held_out(args) if held_out else None)
     except SystemExit as stop:
         # Megatron leaves its loop this way after a signal, a time limit or an exit interval, having saved.
         if first:
@@ -110,14 +129,14 @@ def pretrain(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> None:
         runlog.append_event(run, "finished", iteration=args.train_iters)
 
 
-def _run_megatron(args: argparse.Namespace, run: Run | None) -> None:
+def _run_megatron(args: argparse.Namespace, run: Run | None, held_out: HeldOut | None) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.enums import ModelType
     from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
     from megatron.training import training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_anyexperts.training import upstream
+    from megatron_anyexperts.training import learning_rates, upstream
     from megatron_anyexperts.training.checkpoints import Checkpoints
     from megatron_anyexperts.training.data import DataProvider
     from megatron_anyexperts.training.forward_step import ForwardStep
@@ -130,6 +149,7 @@ def _run_megatron(args: argparse.Namespace, run: Run | None) -> None:
     manager.start(initializer=live_with_parent)
     filesystem_async._results_queue = manager.Queue()
     upstream.install()
+    learning_rates.install()
     heartbeat = heartbeats.start_heartbeat(run, args.rank) if run else None
     checkpoints = Checkpoints(run, args.keep_last_checkpoints, args.keep_every_checkpoint, heartbeat)
     checkpoints.install()
@@ -142,10 +162,12 @@ def _run_megatron(args: argparse.Namespace, run: Run | None) -> None:
         ModelType.encoder_or_decoder,
         ForwardStep(stats),
         model_provider=model_provider,
+        non_loss_data_func=held_out.measure if held_out else None,
+        process_non_loss_data_func=held_out.log if held_out else None,
     )
 
 
-def main(cli: list[str] | None = None) -> int:
+def main(cli: list[str] | None = None, pretrain: Callable[[list[str]], None] = pretrain) -> int:
     """Entry point of one rank; returns the exit code: 0 done, 2 wrong usage, 1 a failure that is explained."""
     # Said once by the doctor command instead of by each rank at each import.
     warnings.filterwarnings("ignore", message=".*(Apex|[Tt]ransformer.[Ee]ngine).*")
