@@ -1,4 +1,4 @@
-"""Draw what routing learned: losses and slots over training, importance over held-out images.
+"""Draw what routing learned: losses and slots over training, importance over held-out images and video frames.
 
     python pretrain/show_routing.py --config pretrain/configs/demo.yaml --run-dir RUN [flags of the training]
 
@@ -19,8 +19,8 @@ def main() -> int:
         args = start(sys.argv[1:])
         if args.run_dir is None:
             raise UsageError("--run-dir is not set; it names the run to draw")
-        from megatron_anyexperts.training.held_out import image_importance
-        from megatron_anyexperts.training.pictures import importance_heatmaps, loss_curves, slot_curves
+        from megatron_anyexperts.training.held_out import media_importance
+        from megatron_anyexperts.training.pictures import frame_bars, importance_heatmaps, loss_curves, slot_curves
 
         run = Run(Path(args.run_dir))
         folder = run.root / "pictures"
@@ -28,9 +28,11 @@ def main() -> int:
         if metrics:
             loss_curves(metrics, folder / "loss_by_modality.png")
             slot_curves(metrics, folder / "slots_by_modality.png")
-        images = image_importance(args, load_model(args), count=4)
+        images, videos = media_importance(args, load_model(args), count=4)
         if images:
             importance_heatmaps(images, folder / "importance.png")
+        if videos:
+            frame_bars(videos, folder / "frames.png")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,11 +1,11 @@
-"""Pictures a person can read: losses and slots over training, and where importance falls in held-out images."""
+"""Pictures a person can read: losses and slots over training, where importance falls, and losses by budget."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -14,6 +14,9 @@ matplotlib.use("Agg")  # no screen on a cluster
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from megatron_anyexperts.training.budgets import Evaluation
 
 COLOURS = {"text": "#4477AA", "image": "#EE6677", "audio": "#228833", "video": "#CCBB44"}
 
@@ -129,6 +132,67 @@ def importance_heatmaps(images: Iterable[ImageImportance], path: Path) -> None:
             axes.set_title(f"{name}: {values.min():.2f} to {values.max():.2f}", fontsize=9)
         for axes in row:
             axes.set_axis_off()
+    _write(figure, path)
+
+
+@dataclass(frozen=True)
+class VideoImportance:
+    """One video as the model saw it.
+
+    Attributes:
+        frames: [height, width, 3] each, in 0..1.
+        importance: [frames] fp32 in (0, 1), mean over a frame's tokens and over layers.
+        slots: [frames], mean slots, likewise.
+        title: shown above.
+    """
+
+    frames: list[np.ndarray]
+    importance: np.ndarray
+    slots: np.ndarray
+    title: str
+
+
+def frame_bars(videos: Iterable[VideoImportance], path: Path) -> None:
+    """Draw each video's frames, and below each frame its importance as a bar and its slots as a point.
+
+    Args:
+        videos: a few; one strip each.
+        path: PNG file to write.
+    """
+    videos = list(videos)
+    figure, rows = plt.subplots(2 * len(videos), 1, figsize=(10, 3.6 * len(videos)), layout="constrained")
+    for video, strip, bars in zip(videos, rows[::2], rows[1::2], strict=True):
+        count = len(video.frames)
+        strip.imshow(np.concatenate(video.frames, axis=1), extent=(-0.5, count - 0.5, 0, 1), aspect="auto")
+        strip.set_axis_off()
+        strip.set_title(video.title, fontsize=9)
+        bars.bar(np.arange(count), video.importance, color=COLOURS["video"])
+        bars.set(xlim=(-0.5, count - 0.5), ylim=(0, 1), xlabel="frame", ylabel="importance")
+        slots = bars.twinx()
+        slots.plot(np.arange(count), video.slots, "o", color="#555555")
+        slots.set_ylabel("slots (points)")
+    _write(figure, path)
+
+
+def budget_curves(evaluations: list[Evaluation], path: Path) -> None:
+    """Draw held-out loss against real slots per token: a fixed top-k as squares, dynamic budgets as circles.
+
+    Args:
+        evaluations: the first is the model as trained, a star.
+        path: PNG file to write.
+    """
+    kinds = list(evaluations[0].losses)
+    figure, panels = plt.subplots(1, len(kinds), figsize=(3.8 * len(kinds), 3.8), layout="constrained", squeeze=False)
+    for axes, kind in zip(panels[0], kinds, strict=True):
+        for static, style, label in ((True, "s--", "static top-k"), (False, "o-", "dynamic")):
+            points = sorted((one.real, one.losses[kind]) for one in evaluations[1:] if one.static == static)
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=label, color="#888888" if static else "#EE6677")
+        axes.plot(evaluations[0].real, evaluations[0].losses[kind], "*", ms=13, color="#4477AA", label="as trained")
+        axes.set(xlabel="real slots per token", title=f"samples: {kind}")
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("held-out loss (nats per target token)")
+    panels[0][0].legend()
     _write(figure, path)
 
 

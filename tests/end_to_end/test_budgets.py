@@ -1,0 +1,121 @@
+"""A trained checkpoint runs under other slot budgets without training, and its video frames can be drawn."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_anyexperts.data.tokenizer import train_tokenizer
+from megatron_anyexperts.training.arguments import UsageError
+from megatron_anyexperts.training.budgets import Budget
+from tests.data.feed import corpus as small_corpus
+from tests.end_to_end.launch import ROOT, TINY, pretrain, start_ranks
+
+COMMAND = ROOT / "pretrain/evaluate_budgets.py"
+PICTURES = ROOT / "pretrain/show_routing.py"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run on a corpus that holds video as well, and the flags that find both again."""
+
+    run_dir: Path
+    flags: list[str]
+
+    def call(self, entry: Path, *words: str, ranks: int = 1) -> tuple[int, str]:
+        """Run a command on the checkpoint; returns exit code and output of all ranks."""
+        processes = start_ranks(entry, ranks, [*self.flags, *words])
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        return max(process.returncode for process in processes), "\n".join(outputs)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Trained:
+    folder = tmp_path_factory.mktemp("budgets")
+    small_corpus.build(folder / "shards", {"text": 48, "image_text": 24, "video_text": 24})
+    train_tokenizer([small_corpus.prose(index, 30) for index in range(200)], 512, folder / "tokenizer")
+    pretrain(folder, folder / "run")
+    paths = ["--data-path", str(folder / "shards/blend.yaml"), "--tokenizer-model", str(folder / "tokenizer")]
+    return Trained(folder / "run", ["--config", str(TINY), "--run-dir", str(folder / "run"), *paths])
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("evaluated")
+    budgets = ["1:1", "2:2", "3:3", "1:3:1.5", "1:3:2.5:2.2", "1:3"]
+    files = ["--output", str(folder / "budgets.json"), "--plot", str(folder / "budgets.png")]
+    code, output = trained.call(COMMAND, "--budgets", *budgets, "--batches", "6", "--passes", "80", *files)
+    assert code == 0, output[-4000:]
+    assert (folder / "budgets.png").stat().st_size > 10_000
+    rows = json.loads((folder / "budgets.json").read_text())
+    assert all(f"| {row['budget']} | {row['slots']:.2f} | {row['real']:.2f} |" in output for row in rows)
+    return {row["budget"]: row for row in rows}
+
+
+def test_a_static_budget_gives_every_token_as_many_real_slots(evaluated):
+    for slots in (1, 2, 3):
+        row = evaluated[f"static {slots}"]
+        assert row["slots"] == row["real"] == slots
+        assert set(row["real_by_token"].values()) == {slots}
+
+
+def test_targets_are_reached_in_every_layer(evaluated):
+    assert evaluated["1 to 3, slots 1.5"]["slots"] == pytest.approx(1.5, rel=0.01)
+    both = evaluated["1 to 3, slots 2.5, real 2.2"]
+    assert both["slots"] == pytest.approx(2.5, rel=0.01) and both["real"] == pytest.approx(2.2, rel=0.01)
+    assert both["deviation"] <= 0.01
+
+
+def test_the_budget_of_training_without_targets_changes_nothing_even_after_others(evaluated):
+    again, first = evaluated["1 to 3"], evaluated["trained"]
+    assert {**again, "budget": ""} == {**first, "budget": ""}
+    losses = [row["losses"]["all"] for row in evaluated.values()]
+    assert len(set(losses)) == len(losses) - 1
+
+
+def test_losses_are_those_of_each_kind_of_sample(evaluated):
+    for row in evaluated.values():
+        assert set(row["losses"]) == {"all", "text", "image", "video"}
+        kinds = [loss for kind, loss in row["losses"].items() if kind != "all"]
+        assert min(kinds) < row["losses"]["all"] < max(kinds)
+
+
+def test_expert_parallel_ranks_share_the_work(trained, evaluated, tmp_path):
+    words = ["--budgets", "2:2", "--batches", "3", "--output", str(tmp_path / "budgets.json")]
+    code, output = trained.call(COMMAND, *words, "--expert-model-parallel-size", "2", ranks=2)
+    assert code == 0, output[-4000:]
+    for row in json.loads((tmp_path / "budgets.json").read_text()):
+        assert row["losses"]["all"] == pytest.approx(evaluated[row["budget"]]["losses"]["all"], rel=1e-4)
+        assert row["real"] == pytest.approx(evaluated[row["budget"]]["real"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--budgets", "1:9"], "k_max=9"),
+        (["--budgets", "1:3:5"], "anyexperts_target_slots=5.0"),
+        (["--budgets", "2"], "k_min:k_max"),
+        (["--budgets", "1:3", "--batches", "0"], "--batches 0"),
+    ],
+)
+def test_an_impossible_request_is_refused_with_the_limit(trained, words, message):
+    code, output = trained.call(COMMAND, *words)
+    assert code == 2
+    assert message in output.splitlines()[-1]
+
+
+def test_pictures_show_video_frames(trained):
+    code, output = trained.call(PICTURES)
+    assert code == 0, output[-4000:]
+    assert (trained.run_dir / "pictures/frames.png").stat().st_size > 10_000
+
+
+def test_a_budget_is_read_from_its_parts():
+    assert Budget.parse("1:4") == Budget(1, 4)
+    assert Budget.parse("1:4:2.5") == Budget(1, 4, 2.5)
+    assert Budget.parse("1:4::1.8") == Budget(1, 4, None, 1.8)
+    assert Budget.parse("2:2").static and not Budget.parse("2:2:2:1.8").static
+    for word in ("3", "1:2:3:4:5", "a:2", "1:b", "1:4:x"):
+        with pytest.raises(UsageError, match=word):
+            Budget.parse(word)
