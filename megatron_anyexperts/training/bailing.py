@@ -1,6 +1,6 @@
 """How the Hugging Face architecture `BailingMoeV2` (Ling 2.0) maps to Megatron's flags and to our checkpoint keys.
 
-Source of the names: `modeling_bailing_moe_v2.py` of https://github.com/inclusionAI/Ling-V2, the model code that goes with
+Source of the names: `modeling_bailing_moe_v2.py` of https://github.com/inclusionAI/Ling-V2, the model code of
 the published weights.
 """
 
@@ -82,7 +82,7 @@ class Bailing:
         problems = []
         if self.num_experts_per_tok != 2 * self.topk_group:
             problems.append(
-                f"num_experts_per_tok={self.num_experts_per_tok} with topk_group={self.topk_group}: its code ranks groups "
+                f"num_experts_per_tok={self.num_experts_per_tok} with topk_group={self.topk_group}: there, groups rank "
                 "by their two best experts, Megatron by num_experts_per_tok / topk_group, so the first must be twice "
                 "the second"
             )

@@ -1,7 +1,7 @@
 """Writes and reads distributed checkpoints one tensor at a time, in one process and without a model.
 
-The files are torch.distributed.checkpoint's, with the state that Megatron keeps beside the tensors; Megatron loads them in
-any parallel layout, because a chunk says where it lies in the whole tensor.
+The files are torch.distributed.checkpoint's, with the state that Megatron keeps beside the tensors; Megatron loads them
+in any parallel layout, because a chunk says where it lies in the whole tensor.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def _split(reader: CheckpointReader, boxes: Iterable[Mapped]) -> Iterator[tuple[
 
 
 def _by_block(boxes: Sequence[Mapped]) -> list[list[Mapped]]:
-    """Group boxes of one Hugging Face layer, which are neighbours; what lies outside of layers is a group of its own."""
+    """Group boxes of one Hugging Face layer, which are neighbours; what lies outside of layers is a group alone."""
     groups: dict[str, list[Mapped]] = {}
     for box in boxes:
         name = next(iter(box.names), None)

@@ -1,1 +1,1 @@
-from tests.unit.models.conftest import one_rank  # noqa: F401
+from tests.unit.models.conftest import make_model, one_rank  # noqa: F401
