@@ -50,7 +50,7 @@ def evaluate(args: argparse.Namespace, model, own: argparse.Namespace) -> None:
     from megatron_anyexperts.training.answers import AnswerScorer, score_table
     from megatron_anyexperts.training.generation import generate, up_to_answer
 
-    scorer = AnswerScorer(args)
+    scorer = AnswerScorer.from_args(args)
     if not scorer.questions:
         raise UsageError(f"{args.data_path} holds out no conversation; name a blend of chat shards")
     shown: Counter[str] = Counter()

@@ -12,7 +12,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -98,26 +97,26 @@ def read_questions(args: argparse.Namespace, encoder: DocumentEncoder) -> Iterat
 
 
 class AnswerScorer:
-    """Scores the held-out conversations of ``--data-path``; all ranks call it together.
+    """Scores conversations; all ranks call it together.
 
     Needs the whole model on each rank of a data-parallel group: pipeline parallelism is not supported.
 
     Args:
-        args: Megatron's arguments.
+        encoder: tokenizes and decodes, as in training.
+        questions: what is asked; the same on all ranks.
+        micro_batch_size: rows of a forward pass.
     """
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
+    def __init__(self, encoder: DocumentEncoder, questions: list[Question], micro_batch_size: int):
+        self.encoder = encoder
+        self.questions = questions
+        self.micro_batch_size = micro_batch_size
 
-    @cached_property
-    def encoder(self) -> DocumentEncoder:
-        """Tokenizes and decodes, as in training."""
-        return document_encoder(self.args)
-
-    @cached_property
-    def questions(self) -> list[Question]:
-        """The held-out conversations."""
-        return list(read_questions(self.args, self.encoder))
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> AnswerScorer:
+        """For the conversations held out in ``--data-path``."""
+        encoder = document_encoder(args)
+        return cls(encoder, list(read_questions(args, encoder)), args.micro_batch_size)
 
     @torch.no_grad()
     def __call__(self, model: torch.nn.Module) -> dict[str, Score]:
@@ -132,7 +131,7 @@ class AnswerScorer:
         device = torch.device(torch.cuda.current_device())
         sums_T4 = torch.zeros(len(tasks), 4, dtype=torch.float64, device=device)  # questions, exact, loss, targets
         rows = pack_rows([question.planned.size for question in self.questions], self.encoder.limits)
-        width = self.args.micro_batch_size
+        width = self.micro_batch_size
         batches = [rows[start : start + width] for start in range(0, len(rows), width)]
         rank, ranks = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         # Expert parallelism needs every rank in every pass: ranks without a batch of their own repeat one, uncounted.

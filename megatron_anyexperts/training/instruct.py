@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,11 @@ class HeldOutAnswers:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.scorer = AnswerScorer(args)
+
+    @cached_property
+    def scorer(self) -> AnswerScorer:
+        """Made at the first evaluation, when process groups exist."""
+        return AnswerScorer.from_args(self.args)
 
     def measure(self, model: list[torch.nn.Module]) -> dict[str, Score]:
         """Score the held-out conversations."""
