@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,9 @@ def module_states(key: str, whole: tuple[int, ...], offset: tuple[int, ...]) -> 
 class _Planner(dcp.DefaultSavePlanner):
     """Plans from shapes alone and makes each chunk when its turn to be written has come."""
 
-    def __init__(self, chunks: Iterable[Chunk]):
+    def __init__(self, chunks: Iterable[Chunk], args: Namespace):
         super().__init__(flatten_state_dict=False)
+        self._common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
         self._chunks = {(chunk.key, torch.Size(chunk.offset)): chunk for chunk in chunks}
 
     def create_local_plan(self) -> SavePlan:
@@ -98,7 +100,7 @@ class _Planner(dcp.DefaultSavePlanner):
         if write_item.type == WriteItemType.BYTE_IO:
             common = write_item.index.fqn == _COMMON
             stream = io.BytesIO()
-            torch.save([{"checkpoint_version": 3.0, "iteration": 0} if common else None], stream)
+            torch.save([self._common if common else None], stream)
             return stream
         chunk = self._chunks[write_item.index.fqn, write_item.index.offset]
         data = chunk.make()
@@ -109,12 +111,15 @@ class _Planner(dcp.DefaultSavePlanner):
         return data.detach().contiguous()
 
 
-def write_release(folder: Path, chunks: Iterable[Chunk]) -> Path:
+def write_release(folder: Path, chunks: Iterable[Chunk], pattern: str, hidden: int, heads: int) -> Path:
     """Write a checkpoint of weights without training state, and Megatron's pointer to it.
 
     Args:
         folder: what `--load` will name; must hold no checkpoint yet.
         chunks: cover each tensor exactly once.
+        pattern: `--hybrid-layer-pattern` of the model.
+        hidden: its hidden size.
+        heads: its attention heads.
 
     Returns:
         the directory with the tensors.
@@ -127,8 +132,11 @@ def write_release(folder: Path, chunks: Iterable[Chunk]) -> Path:
         raise UsageError(f"{folder} holds a checkpoint already; name a new directory with --save")
     target = folder / RELEASE
     target.mkdir(parents=True)
+    # What Megatron compares with the model it loads into; without a pattern it takes the checkpoint for a GPTModel's.
+    layers = len(pattern.split("/")[0].replace("|", ""))
+    args = Namespace(hybrid_layer_pattern=pattern, num_layers=layers, hidden_size=hidden, num_attention_heads=heads)
     writer = dcp.FileSystemWriter(target, thread_count=1)
-    dcp.save({}, storage_writer=writer, planner=_Planner(chunks), no_dist=True)
+    dcp.save({}, storage_writer=writer, planner=_Planner(chunks, args), no_dist=True)
     (target / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
     tracker.write_text(RELEASE)
     return target

@@ -101,7 +101,8 @@ def import_weights(source: Path, target: Path) -> Path:
         dtype = box.dtype or weights.dtype(next(iter(box.names)))
         return Chunk(box.key, box.whole, box.offset, box.shape, dtype, partial(make, box, dtype))
 
-    written = write_release(target, [chunk(box) for box in boxes])
+    architecture = sizes.pattern, sizes.hidden_size, sizes.num_attention_heads
+    written = write_release(target, [chunk(box) for box in boxes], *architecture)
     (target / "model.yaml").write_text(yaml.safe_dump(sizes.flags(), sort_keys=False))
     return written
 

@@ -1,7 +1,8 @@
 """Starts a mixture from a trained model: a fixed top-k mixture becomes a dynamic one, a dense model becomes a mixture.
 
-The new model's first forward pass is the old model's. Tensors that both have are copied; the rest is initialised so that
-it has no effect yet, but has a gradient or is moved by a controller.
+The new model's first forward pass is the old model's. Tensors that both have are copied; the rest is initialised so
+that it has no effect yet, but can learn: fusion has a gradient at once, importance from the second step on, and
+controllers move the slot offset and the virtual bias.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def start_offset(config: AnyExpertsConfig) -> float:
 def make_neutral(layer: AnyExpertsMoELayer) -> None:
     """Initialise what a fixed top-k layer lacks so that the layer computes what that one does, and can learn.
 
-    - Importance: the last projection is 0, so every token has importance 0.5, and its gradient is not 0.
-    - Fusion: alpha is 0, and learned.
+    - Importance: the last projection is 0, so every token has importance 0.5.
+    - Fusion: alpha is 0; being learned it has a gradient, and through it importance has one a step later.
     - Slot offset: 0.5 of importance means top-k slots.
     - Virtual columns: weight 0, and the bias at its lower limit, from where the controller raises it.
 
@@ -121,7 +122,9 @@ def upcycle(model: torch.nn.Module, source: Path, target: Path) -> Path:
     if problems:
         listed = "\n  ".join(dict.fromkeys(problems))
         raise UsageError(f"{source} does not fit the new model; nothing was written\n  {listed}")
-    return write_release(target, chunks)
+    config = model.config
+    pattern = model.language_model.hybrid_layer_pattern
+    return write_release(target, chunks, pattern, config.hidden_size, config.num_attention_heads)
 
 
 def _boxes(model: torch.nn.Module) -> Iterator[ShardedTensor]:

@@ -47,15 +47,28 @@ def test_first_forward_is_the_fixed_model(fixed, tmp_path, one_rank, k_min, grad
         assert torch.equal(new(TOKENS, POSITIONS), old(TOKENS, POSITIONS))
 
 
-def test_every_new_part_can_leave_its_start(fixed, tmp_path, one_rank):
+def test_every_new_part_can_leave_its_start_one_after_the_other(fixed, tmp_path, one_rank):
     upcycle(build(TINY, **DYNAMIC), fixed, tmp_path / "new")
     model = build(TINY, **DYNAMIC)
     load(model, tmp_path / "new")
-    model(TOKENS, POSITIONS).float().logsumexp(-1).sum().backward()
     layer = model.decoder.layers[3].mlp
-    assert layer.importance.up.grad.abs().max() > 0
-    assert layer.importance.alpha.grad.abs().max() > 0
     assert layer.router.control.virtual_bias.item() == -12
+
+    def gradient(parameter: torch.Tensor) -> float:
+        model.zero_grad()
+        model(TOKENS, POSITIONS).float().logsumexp(-1).sum().backward()
+        return parameter.grad.abs().max().item()
+
+    assert gradient(layer.importance.alpha) > 0
+    with torch.no_grad():
+        layer.importance.alpha += 0.01
+    assert gradient(layer.importance.up) > 0
+    with torch.no_grad():
+        layer.importance.up += 0.01 * torch.randn_like(layer.importance.up)
+        layer.router.control.slot_offset += 0.1
+        layer.router.control.virtual_bias.zero_()
+    assert gradient(layer.importance.down) > 0
+    assert gradient(layer.router.virtual_weight) > 0
 
 
 def test_a_fixed_alpha_is_refused(fixed, tmp_path, one_rank):
@@ -90,7 +103,8 @@ def test_start_offset_gives_exactly_top_k(k_min, below, above):
 def save(model: torch.nn.Module, folder) -> None:
     from megatron_anyexperts.training.upcycling import _boxes, _chunk
 
-    write_release(folder, [_chunk(box, lambda box=box: box.data, box.data.dtype) for box in _boxes(model)])
+    chunks = [_chunk(box, lambda box=box: box.data, box.data.dtype) for box in _boxes(model)]
+    write_release(folder, chunks, model.language_model.hybrid_layer_pattern, 32, 4)
 
 
 @pytest.mark.parametrize("scores", ["sigmoid", "softmax"])
@@ -132,4 +146,4 @@ def test_gates_without_a_fixed_sum_are_refused(tmp_path, one_rank, make_model):
 def test_a_chunk_of_the_wrong_shape_is_not_written(tmp_path):
     chunk = Chunk("weight", (2, 2), (0, 0), (2, 2), torch.float32, lambda: torch.zeros(3, 2))
     with pytest.raises(BaseException, match=r"made torch.float32 \(3, 2\), planned torch.float32 \(2, 2\)"):
-        write_release(tmp_path / "bad", [chunk])
+        write_release(tmp_path / "bad", [chunk], "*-", 2, 1)

@@ -1,0 +1,108 @@
+"""The Ling-mini-2.0 proxy trains, becomes a dynamic mixture, and goes on where it was."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from megatron_anyexperts.training.arguments import add_arguments, config_to_argv, read_config
+from megatron_anyexperts.training.bailing import Bailing
+from tests.end_to_end.launch import ROOT, pretrain, start_ranks
+from tests.unit.conversion.reference import TINY, random_weights, write
+
+CONFIGS = ROOT / "pretrain/configs"
+FIXED, DYNAMIC = (CONFIGS / f"ling_mini_2_0_{name}proxy_cpu.yaml" for name in ("", "anyexperts_"))
+ENCODERS = [
+    *("--vision-num-layers", "1", "--vision-hidden-size", "32", "--vision-ffn-hidden-size", "32"),
+    *("--vision-num-heads", "2", "--audio-num-layers", "1", "--audio-hidden-size", "32"),
+    *("--audio-ffn-hidden-size", "32", "--audio-num-heads", "2", "--audio-n-mels", "20", "--audio-stride", "16"),
+    *("--data-image-max-patches", "64", "--data-video-max-patches", "256", "--data-audio-max-seconds", "10"),
+]
+LING = TINY | {
+    "vocab_size": 157184,
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 20,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "moe_intermediate_size": 512,
+    "max_position_embeddings": 32768,
+}
+"""config.json of Ling-mini-2.0, as far as it counts."""
+
+
+def run(script: str, *words) -> str:
+    process = start_ranks(ROOT / "pretrain" / script, 1, list(map(str, words)))[0]
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def test_upcycled_model_goes_on_without_a_jump(corpus: Path, tmp_path: Path):
+    old = pretrain(corpus, tmp_path / "old", *ENCODERS, "--train-iters", "12", "--save-interval", "12", config=FIXED)
+    checkpoints = tmp_path / "old/checkpoints"
+    run(
+        *("upcycle.py", "--config", DYNAMIC, "--tokenizer-model", corpus / "tokenizer", *ENCODERS),
+        *("--load", checkpoints, "--save", tmp_path / "upcycled"),
+    )
+    steps = ["--train-iters", "6", "--lr-warmup-iters", "0", "--finetune"]
+    fixed = pretrain(corpus, tmp_path / "fixed", *ENCODERS, *steps, "--load", str(checkpoints), config=FIXED)
+    words = ["--load", str(tmp_path / "upcycled"), "--expert-model-parallel-size", "2"]
+    dynamic = pretrain(corpus, tmp_path / "dynamic", *ENCODERS, *steps, *words, config=DYNAMIC, ranks=2)
+    assert old.losses[12] < old.losses[1] - 0.5
+    # The first step sees the same data with the same weights.
+    assert abs(dynamic.losses[1] - fixed.losses[1]) < 1e-4
+    assert dynamic.losses[6] < dynamic.losses[1]
+    assert abs(dynamic.losses[6] - fixed.losses[6]) < 0.2
+
+
+def test_converter_imports_refuses_and_exports_from_the_command_line(tmp_path: Path):
+    weights = random_weights(TINY)
+    write(tmp_path / "hf", TINY, weights)
+    run("convert_checkpoint.py", "import", "--hf", tmp_path / "hf", "--save", tmp_path / "ours")
+    assert yaml.safe_load((tmp_path / "ours/model.yaml").read_text())["num-experts"] == TINY["num_experts"]
+    config = tmp_path / "hf/config.json"
+    run(
+        *(
+            "convert_checkpoint.py",
+            "export",
+            "--load",
+            tmp_path / "ours",
+            "--hf-config",
+            config,
+            "--save",
+            tmp_path / "x",
+        )
+    )
+    del weights["lm_head.weight"]
+    write(tmp_path / "bad", TINY, weights)
+    command = [sys.executable, ROOT / "pretrain/convert_checkpoint.py", "import", "--hf", tmp_path / "bad"]
+    refused = subprocess.run([*command, "--save", tmp_path / "y"], capture_output=True, text=True, cwd=ROOT)
+    assert refused.returncode == 2
+    assert "missing: lm_head.weight [96, 32]" in refused.stderr
+
+
+def test_configurations_are_flags_of_megatron():
+    from argparse import ArgumentParser
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    flags = {option: action for action in parser._actions for option in action.option_strings}
+    files = sorted(CONFIGS.glob("ling_mini_2_0*.yaml"))
+    assert len(files) == 6
+    for path in files:
+        parser.parse_args(config_to_argv(read_config(str(path)), set(), flags))
+
+
+def test_ling_configuration_is_its_architecture():
+    flags = Bailing.from_config(LING).flags()
+    for name in ("ling_mini_2_0", "ling_mini_2_0_anyexperts"):
+        config = read_config(str(CONFIGS / f"{name}.yaml"))
+        assert {key: config[key] for key in flags} == flags
