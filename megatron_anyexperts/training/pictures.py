@@ -167,7 +167,7 @@ def frame_bars(videos: Iterable[VideoImportance], path: Path) -> None:
         strip.set_axis_off()
         strip.set_title(video.title, fontsize=9)
         bars.bar(np.arange(count), video.importance, color=COLOURS["video"])
-        bars.set(xlim=(-0.5, count - 0.5), ylim=(0, 1), xlabel="frame", ylabel="importance")
+        bars.set(xlim=(-0.5, count - 0.5), ylim=(0, 1), xticks=range(count), xlabel="frame", ylabel="importance")
         slots = bars.twinx()
         slots.plot(np.arange(count), video.slots, "o", color="#555555")
         slots.set_ylabel("slots (points)")
