@@ -140,8 +140,9 @@ class MicrobatchLoader:
             raise ErrorBudgetExceeded(str(error).strip().splitlines()[-1]) from error
         except Exception as error:
             self._failed = True
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise DataFeedError(
-                f"a data worker of dp_rank={self._dp_rank} failed: {str(error).strip().splitlines()[-1]}; "
+                f"a data worker of dp_rank={self._dp_rank} failed: {reason}; "
                 "restart the job from its checkpoint"
             ) from error
         self._emitted += 1

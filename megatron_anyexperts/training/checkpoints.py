@@ -202,7 +202,8 @@ class Checkpoints:
             return self._load(model, optimizer, scheduler, *arguments, **keywords)
         except (Exception, CheckpointException) as error:
             # Of torch's errors of all ranks, and of a mismatch in every tensor, the last line names the first cause.
-            reason = str(error).strip().splitlines()[-1]
+            # Many of Megatron's assertions say nothing; then their kind has to do.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise CheckpointError(
                 f"the checkpoint in {source} does not fit this run: {reason}; "
                 "use the model settings it was saved with, or another --run-dir (or --load) for a new model"

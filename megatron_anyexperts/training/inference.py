@@ -17,10 +17,11 @@ _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127
 
 
 def start(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> argparse.Namespace:
-    """Initialise Megatron from an entry point's command line; started by hand, the process is a group of one.
+    """Initialise Megatron from an entry point's command line; started by hand, the process is a group of one,
+    so the configuration must not ask for more ranks.
 
     Args:
-        cli: command-line words, which may contain ``--config``; the parallel layout is reset to one process if alone.
+        cli: command-line words, which may contain ``--config``.
         defaults: flag defaults of the entry point.
 
     Raises:

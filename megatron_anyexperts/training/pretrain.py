@@ -70,6 +70,7 @@ def check(args: argparse.Namespace) -> None:
     from megatron_anyexperts.data.config import DataConfig
     from megatron_anyexperts.data.elastic import check_global_batch, streams_per_rank
     from megatron_anyexperts.media import MediaShape
+    from megatron_anyexperts.training.config import RunConfig
     from megatron_anyexperts.training.learning_rates import LearningRateConfig
 
     # Packed rows hold different numbers of targets; only a loss per token is independent of how they are spread.
@@ -81,7 +82,8 @@ def check(args: argparse.Namespace) -> None:
     transformer_config(args)
     MediaShape.from_args(args)
     LearningRateConfig.from_args(args)
-    DataConfig(**{field.name: getattr(args, field.name) for field in fields(DataConfig)})
+    for config in (DataConfig, RunConfig):
+        config(**{field.name: getattr(args, field.name) for field in fields(config)})
     streams_per_rank(args.data_streams, args.data_parallel_size)
     check_global_batch(args.global_batch_size, args.micro_batch_size, args.data_streams)
 
