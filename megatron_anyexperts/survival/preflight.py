@@ -30,8 +30,6 @@ class Needs:
     free_gib: float = 1.0
     """In the run directory and in the node's temporary directory."""
     clock_tolerance_s: float = 5.0
-    min_gigabytes_per_s: float = 0.0
-    """Bus bandwidth between nodes; 0 reports it without judging."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def probe_gpus(expected: int) -> tuple[int, list[str]]:
             if not bool(((ones @ ones) == 1024).all()):
                 faults.append(f"GPU {index} multiplies wrongly")
     except Exception as error:  # whatever a broken driver raises is this node's fault to report
-        return 0, [f"GPUs unusable: {str(error).splitlines()[0]}"]
+        return 0, [f"GPUs unusable: {(str(error).strip() or type(error).__name__).splitlines()[0]}"]
     if count < expected:
         faults.append(f"{count} GPUs, not {expected}")
     if shutil.which("nvidia-smi"):
@@ -169,6 +167,7 @@ def collect(text: str) -> list[dict[str, Any]]:
 
 
 def as_record(report: Report) -> dict[str, Any]:
+    """The report as `emit` prints it; `Report(**record)` makes it again."""
     return asdict(report)
 
 

@@ -18,7 +18,7 @@ def append_event(run: Run, event: str, **fields: Any) -> None:
     Args:
         run: the run it happened to.
         event: a single word. The launcher writes "attempt", "preflight", "hang", "exit" and "stop"; training writes
-            "start", "saved", "save_failed", "fallback" and "finished".
+            "start", "saved", "save_failed", "fallback", "exit", "crash" and "finished".
     """
     _append(run.events, {"time": round(time.time(), 3), "event": event} | fields)
 

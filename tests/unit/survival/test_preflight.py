@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_anyexperts.survival import bandwidth, preflight
+from megatron_anyexperts.survival import bandwidth
 from megatron_anyexperts.survival.preflight import MARK, Needs, Report, choose, collect, judge, probe
 
 GOOD = Report("n1", 1000.0, {"torch": "2.11"}, {"run directory /r": 50.0})
@@ -92,4 +92,3 @@ def test_every_node_is_paired_and_no_round_uses_one_twice(world):
 
 def test_a_node_slow_with_both_neighbours_is_named():
     assert bandwidth.slow_nodes({"n1": 20, "n2": 3.1}, 10) == {"n2": "3.10 GB/s to its neighbours, not 10"}
-    assert preflight.Needs().min_gigabytes_per_s == 0
