@@ -22,4 +22,4 @@ lint: setup
 	@$(PY) -m ruff check .
 
 clean:
-	rm -rf .venv build *.egg-info runs
+	rm -rf .venv build *.egg-info runs/demo
