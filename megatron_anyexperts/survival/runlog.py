@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,14 @@ def read_metrics(run: Run) -> list[dict[str, Any]]:
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:
+    """Add one line; a full disk loses the line, not the run."""
+    try:
+        _write_line(path, record)
+    except OSError as error:
+        print(f"WARNING: not logged to {path}: {error}", file=sys.stderr)
+
+
+def _write_line(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(record, separators=(",", ":")) + "\n"
     # One write on an O_APPEND descriptor keeps lines of several writers whole. The leading newline of a file whose

@@ -41,8 +41,17 @@ class DataProvider:
     def __call__(self, _num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, None]:
         """Return the training and validation iterators of this rank; None where another rank reads."""
         args = get_args()
-        if mpu.get_tensor_model_parallel_rank() != 0:
-            return None, None, None
+        reads = mpu.get_tensor_model_parallel_rank() == 0
+        train, valid = self._loaders(args) if reads else (None, None)
+        # The last tensor-parallel rank reports the held-out losses, and it does not read.
+        known = [valid.modalities if valid else self.stats.held_out_modalities]
+        torch.distributed.broadcast_object_list(
+            known, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group()
+        )
+        self.stats.held_out_modalities = known[0]
+        return train, valid, None
+
+    def _loaders(self, args: argparse.Namespace) -> tuple[MicrobatchLoader | None, ValidationLoader | None]:
         common = data_settings(args)
         train = None
         if not args.skip_train:
@@ -55,8 +64,7 @@ class DataProvider:
             rows = args.eval_micro_batch_size * common["dp_size"]
             steps = args.eval_iters * (args.eval_global_batch_size // rows)
             valid = ValidationLoader(**common, micro_batch_size=args.eval_micro_batch_size, microbatches=steps)
-            self.stats.held_out_modalities = valid.modalities
-        return train, valid, None
+        return train, valid
 
     def _open_sample_log(self, args: argparse.Namespace) -> None:
         if not (args.log_sample_keys and args.run_dir and mpu.is_pipeline_first_stage(ignore_virtual=True)):
@@ -72,7 +80,7 @@ class DataProvider:
 def data_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments that the training and the validation loader of this rank share."""
     return {
-        "blend": _blend(args.data_path),
+        "blend": blend_file(args.data_path),
         "config": DataConfig(**{field.name: getattr(args, field.name) for field in fields(DataConfig)}),
         "shape": MediaShape.from_args(args),
         "tokenizer": args.tokenizer_model,
@@ -82,7 +90,7 @@ def data_settings(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _blend(data_path: list[str] | None) -> str:
+def blend_file(data_path: list[str] | None) -> str:
     """The one blend file, local or ``msc://``, that ``--data-path`` names.
 
     Raises:

@@ -109,6 +109,9 @@ def pretrain(
     try:
         args = parse(cli, defaults)
         check(args)
+        from megatron_anyexperts.training.data import blend_file
+
+        blend_file(args.data_path)
     except (ValueError, AssertionError) as error:
         raise UsageError(str(error)) from error
     run = Run(Path(args.run_dir)).create() if args.run_dir else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,9 +52,12 @@ class SampleLog:
         self._pending += [key for row in rows for key in row]
 
     def flush(self, iteration: int) -> None:
-        """Write one line for the step that is over."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": iteration, "keys": self._pending}) + "\n")
+        """Write one line for the step that is over; a full disk loses the line, not the run."""
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"iteration": iteration, "keys": self._pending}) + "\n")
+        except OSError as error:
+            print(f"WARNING: sample keys of iteration {iteration} not written: {error}", file=sys.stderr)
         self._pending = []
 
 

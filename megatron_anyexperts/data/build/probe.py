@@ -69,7 +69,8 @@ def _probe_image(media: Media, limits: Limits) -> Facts:
     except Rejected:
         raise
     except Image.DecompressionBombError as error:
-        raise Rejected("too many pixels", _short(error)) from None
+        # Pillow speaks of twice the limit, where it begins to refuse.
+        raise Rejected("too many pixels", f"{_short(error)}, limit {limits.max_pixels}") from None
     except Exception as error:  # decoders raise whatever a hostile file provokes in them
         raise Rejected("unreadable image", _short(error)) from None
     return Facts("image", IMAGE_FORMATS[image.format], width, height, frames=1)

@@ -197,8 +197,9 @@ def test_a_given_tokenizer_is_used_and_counted_with(built, tmp_path):
 def test_token_limit_and_size_limits_reject_with_the_figures(tmp_path):
     write(tmp_path / "text/long.txt", "word " * 400)
     write(tmp_path / "text/short.txt", "word")
-    write(tmp_path / "images/large.png", png(1, 64, 64))
-    write(tmp_path / "images/large.txt", "large")
+    for name, side in (("large", 40), ("bomb", 64)):
+        write(tmp_path / f"images/{name}.png", png(1, side, side))
+        write(tmp_path / f"images/{name}.txt", name)
     corpus = corpus_of(
         tmp_path,
         {"type": "text_folder", "path": "text"},
@@ -207,8 +208,10 @@ def test_token_limit_and_size_limits_reject_with_the_figures(tmp_path):
     )
     manifest = build(corpus, tmp_path / "out", Share(), workers=0, quiet=True)
     assert manifest["samples"] == 1
-    assert manifest["rejected"] == {"too many pixels": 1, "too many tokens": 1}
-    assert "64 x 64, limit 1000" in (tmp_path / "out/rejected.jsonl").read_text()
+    assert manifest["rejected"] == {"too many pixels": 2, "too many tokens": 1}
+    rejected = (tmp_path / "out/rejected.jsonl").read_text()
+    assert "40 x 40, limit 1000" in rejected
+    assert "4096 pixels" in rejected and rejected.count("limit 1000") == 2
 
 
 @pytest.mark.parametrize(
