@@ -26,7 +26,15 @@ def message(result) -> str:
         (("--anyexperts-rho-max", "1.5"), ["rho_max", "1.5"]),
         (("--data-path", "README.md", "LICENSE"), ["--data-path", "one Energon blend"]),
     ],
-    ids=["K_min above K_max", "unknown flag", "unset nothing", "batch and streams", "async save", "share above 1", "two blends"],
+    ids=[
+        "K_min above K_max",
+        "unknown flag",
+        "unset nothing",
+        "batch and streams",
+        "async save",
+        "share above 1",
+        "two blends",
+    ],
 )
 def test_wrong_flags(corpus, tmp_path, flags, expected):
     text = message(pretrain(corpus, tmp_path / "run", *flags, succeed=False))
