@@ -2,6 +2,7 @@
 
 import json
 import os
+from abc import abstractmethod
 from collections.abc import Collection, Iterator
 from itertools import batched
 from typing import ClassVar
@@ -46,8 +47,9 @@ class FolderSource(Source):
                     item.origin = self.origin(chunk, position)
                     yield position, item
 
+    @abstractmethod
     def _items(self, name: str, max_bytes: int) -> Iterator[Sample | Rejected]:
-        raise NotImplementedError
+        """The samples of one file."""
 
 
 class TextFolder(FolderSource):
