@@ -87,7 +87,7 @@ def test_clips_encode_alike_alone_and_together(make_encoders, lengths):
 
 
 @pytest.fixture(scope="module")
-def make_encoders(one_rank):
+def make_encoders(world):
     """A model for property-based tests, which cannot take function-scoped fixtures."""
     from types import SimpleNamespace
 

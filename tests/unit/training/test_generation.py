@@ -16,7 +16,6 @@ from megatron_anyexperts.moe.metrics import record_tokens
 from megatron_anyexperts.training.answers import AnswerScorer, Question, model_inputs
 from megatron_anyexperts.training.generation import decode, generate, media_file, prompt_document
 from tests.data.feed.corpus import image_bytes, prose, wav_bytes
-from tests.unit.models.conftest import make_model, one_rank  # noqa: F401
 from tests.unit.models.small import DYNAMIC, SHAPE
 
 NEW = 6
@@ -31,7 +30,7 @@ def encoder(tmp_path_factory) -> DocumentEncoder:
 
 
 @pytest.fixture
-def model(make_model):  # noqa: F811
+def model(make_model):
     arguments = {"hybrid_layer_pattern": "*-*E*E", "padded_vocab_size": 304, "max_position_embeddings": 160}
     # Large weights make the most likely token a clear one.
     return make_model(arguments, **DYNAMIC, init_method_std=0.5).eval()

@@ -1,4 +1,4 @@
-"""One-process parallel state, and small models to build."""
+"""One process as the whole world, and small models to build."""
 
 from types import SimpleNamespace
 
@@ -7,13 +7,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from tests.unit.models.small import small_arguments, small_config
-
 
 @pytest.fixture(scope="session")
-def one_rank(tmp_path_factory):
-    """torch.distributed and Megatron's groups with a single rank."""
-    store = tmp_path_factory.mktemp("store") / "file"
+def world(tmp_path_factory):
+    """torch.distributed and Megatron's groups with a single rank; one per session, whichever package asks first."""
+    store = tmp_path_factory.mktemp("store") / "rendezvous"
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
@@ -23,9 +21,17 @@ def one_rank(tmp_path_factory):
 
 
 @pytest.fixture
+def one_rank(world):
+    """Groups of size 1, and every generator seeded."""
+    torch.manual_seed(1)
+    model_parallel_cuda_manual_seed(1)
+
+
+@pytest.fixture
 def make_model(one_rank):
     """`make_model(arguments={...}, **config)` builds a multimodal model with the same weights every time."""
     from megatron_anyexperts.models.build import build_model
+    from tests.unit.models.small import small_arguments, small_config
 
     def make(arguments: dict | None = None, **config):
         torch.manual_seed(1)
