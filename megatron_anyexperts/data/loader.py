@@ -142,8 +142,7 @@ class MicrobatchLoader:
             self._failed = True
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise DataFeedError(
-                f"a data worker of dp_rank={self._dp_rank} failed: {reason}; "
-                "restart the job from its checkpoint"
+                f"a data worker of dp_rank={self._dp_rank} failed: {reason}; restart the job from its checkpoint"
             ) from error
         self._emitted += 1
         return microbatch

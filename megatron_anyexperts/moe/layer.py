@@ -48,6 +48,7 @@ class AnyExpertsMoELayer(MoELayer):
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.token_dispatcher = None
         self.dispatcher = SlotDispatcher(config, self.num_local_experts, self.local_expert_indices, pg_collection)
+        self.router.needs_fallback = self.dispatcher.eps is not None
         self.importance = Importance(config) if config.anyexperts_needs_importance else None
         has_virtual = config.anyexperts_max_virtual_slots > 0 or self.dispatcher.eps is not None
         self.virtual = VirtualExpert(config) if has_virtual else None

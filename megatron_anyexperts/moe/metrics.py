@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from megatron_anyexperts.moe.dispatcher import LoadReport
 
 MODALITIES = ("text", "image", "audio", "video")
-PADDING = -1
 
 
 @dataclass

@@ -64,6 +64,7 @@ class AnyExpertsRouter(TopKRouter):
             self.virtual_weight.data = self.virtual_weight.data.to(config.params_dtype)
             self.virtual_weight.sequence_parallel = config.sequence_parallel
         self.control = RouterControl(config)
+        self.needs_fallback = config.anyexperts_dispatch_eps is not None
 
     def gating(self, input: Tensor) -> Tensor:
         """Return logits [S, B, E + V] in the router dtype."""
@@ -105,7 +106,7 @@ class AnyExpertsRouter(TopKRouter):
         gates_TE, map_TE = self.routing(logits, padding_mask)
         slots_T = torch.full_like(importance_T, self.topk, dtype=torch.long)
         fallback_TE = None
-        if self.config.anyexperts_dispatch_eps is not None:
+        if self.needs_fallback:
             scores = Scores.of(logits.view(-1, self.num_experts), self.config)
             fallback_TE = scores.fallback(gates_TE, map_TE, self.expert_bias)
         gates_TE = self._importance_losses(gates_TE, importance_T, None, slots_T, padding_mask)
@@ -123,21 +124,22 @@ class AnyExpertsRouter(TopKRouter):
         scores = Scores.of(logits_TC, config)
         real = scores.best_real(config.anyexperts_k_max, self.expert_bias)
         virtual = scores.best_virtual(config.anyexperts_max_virtual_slots, self.control.virtual_bias)
-        entry_TC = entry_slots(
-            real.selection.detach(), None if virtual is None else virtual.selection.detach(), config.anyexperts_rho_max
-        )
+        columns_TC, rivals_TV = real.columns, None
+        if virtual is not None:
+            columns_TC, rivals_TV = torch.cat((real.columns, virtual.columns), dim=1), virtual.selection
+        entry_TC = entry_slots(real.selection, rivals_TV, config.anyexperts_rho_max)
         last_T = last_slot_weight(soft_T, slots_T, config.anyexperts_slot_gradient)
         used_TC, weight_TC = slot_weights(entry_TC, slots_T, last_T, log=scores.log_weights)
-        values_TC = real.values if virtual is None else torch.cat((real.values, virtual.values), dim=1)
+        values_TC = scores.scores_TC.gather(1, columns_TC)
         gates_TC = scores.gates(values_TC, weight_TC)
 
         width = config.anyexperts_k_max
-        gates_TE = torch.zeros_like(scores.logits_TE).scatter(1, real.indices, gates_TC[:, :width])
+        gates_TE = gates_TC.new_zeros(len(gates_TC), self.num_experts).scatter(1, real.columns, gates_TC[:, :width])
         used_TK = used_TC[:, :width]
-        map_TE = torch.zeros_like(gates_TE, dtype=torch.bool).scatter_(1, real.indices, used_TK)
+        map_TE = torch.zeros_like(gates_TE, dtype=torch.bool).scatter_(1, real.columns, used_TK)
         virtual_gate_T = None if virtual is None else gates_TC[:, width:].sum(1)
         fallback_TE = None
-        if config.anyexperts_dispatch_eps is not None:
+        if self.needs_fallback:
             fallback_TE = scores.fallback(gates_TE, map_TE, self.expert_bias, values_TC, weight_TC)
 
         if self.training and torch.is_grad_enabled():

@@ -17,73 +17,68 @@ class Candidates:
     """The best columns of each token, best first.
 
     Attributes:
-        values: [T, N] unbiased; post-softmax: logits, otherwise scores. Differentiable.
-        indices: int64 [T, N], column numbers.
-        selection: [T, N], what they were ranked by.
+        columns: int64 [T, N], of E + V.
+        selection: [T, N], what they were ranked by; no gradient.
     """
 
-    values: Tensor
-    indices: Tensor
+    columns: Tensor
     selection: Tensor
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of E real and V virtual columns, with Megatron-Core's semantics for the real ones.
+    """Scores of E real, then V virtual columns, with Megatron-Core's semantics for the real ones.
 
     "Post-softmax" (Megatron's default) selects by logits and normalises the chosen ones; "pre-softmax" takes the
     softmax over all columns; "sigmoid" and "sqrtsoftplus" score each column alone and normalise the chosen ones.
+
+    Attributes:
+        logits_TC: [T, E + V].
+        scores_TC: [T, E + V]; the logits for post-softmax.
     """
 
     config: AnyExpertsConfig
-    logits_TE: Tensor
-    logits_TV: Tensor
-    scores_TE: Tensor
-    scores_TV: Tensor
+    logits_TC: Tensor
+    scores_TC: Tensor
 
     @classmethod
     def of(cls, logits_TC: Tensor, config: AnyExpertsConfig) -> Scores:
         """Score logits [T, E + V]."""
-        experts = config.num_moe_experts
-        if config.moe_router_score_function == "softmax":
-            scores_TC = logits_TC
-            if config.moe_router_pre_softmax:
-                scores_TC = torch.softmax(logits_TC, dim=-1, dtype=torch.float32)
-        else:
-            scores_TC = _pointwise(logits_TC, config)
-        return cls(
-            config, logits_TC[:, :experts], logits_TC[:, experts:], scores_TC[:, :experts], scores_TC[:, experts:]
-        )
+        if config.moe_router_score_function != "softmax":
+            return cls(config, logits_TC, _pointwise(logits_TC, config))
+        if config.moe_router_pre_softmax:
+            return cls(config, logits_TC, torch.softmax(logits_TC, dim=-1, dtype=torch.float32))
+        return cls(config, logits_TC, logits_TC)
 
     @property
     def log_weights(self) -> bool:
         """Whether slot weights add to logits (post-softmax) instead of scaling scores."""
-        return self.config.moe_router_score_function == "softmax" and not self.config.moe_router_pre_softmax
+        return self._softmax and not self.config.moe_router_pre_softmax
 
     @property
     def _softmax(self) -> bool:
         return self.config.moe_router_score_function == "softmax"
 
+    @torch.no_grad()
     def best_real(self, count: int, expert_bias: Tensor | None) -> Candidates:
         """Return the best `count` real columns: by biased score, and only in the best groups if groups are on."""
-        biased_TE = self._selection(expert_bias)
-        selection, indices = torch.topk(self._group_limited(biased_TE), k=count, dim=1)
-        values = selection if biased_TE is self.scores_TE else self.scores_TE.gather(1, indices)
-        return Candidates(values, indices, selection)
+        selection, columns = torch.topk(self._eligible(expert_bias), k=count, dim=1)
+        return Candidates(columns, selection)
 
+    @torch.no_grad()
     def best_virtual(self, count: int, bias: Tensor) -> Candidates | None:
         """Return the best `count` virtual columns; their bias is in logits, whatever the score function."""
         if count == 0:
             return None
-        with torch.no_grad():
-            if self.log_weights:
-                selection_TV = self.scores_TV + bias
-            elif self._softmax:
-                selection_TV = self.scores_TV * bias.exp()
-            else:
-                selection_TV = _pointwise(self.logits_TV + bias, self.config)
-            selection, indices = torch.topk(selection_TV, k=count, dim=1)
-        return Candidates(self.scores_TV.gather(1, indices), indices, selection)
+        experts = self.config.num_moe_experts
+        if self.log_weights:
+            selection_TV = self.logits_TC[:, experts:] + bias
+        elif self._softmax:
+            selection_TV = self.scores_TC[:, experts:] * bias.exp()
+        else:
+            selection_TV = _pointwise(self.logits_TC[:, experts:] + bias, self.config)
+        selection, indices = torch.topk(selection_TV, k=count, dim=1)
+        return Candidates(indices + experts, selection)
 
     def gates(self, values_TC: Tensor, weight_TC: Tensor | None) -> Tensor:
         """Return the gates of candidate columns in the router dtype, 0 where the weight is 0.
@@ -105,13 +100,14 @@ class Scores:
                 gates_TC = gates_TC / (gates_TC.sum(dim=-1, keepdim=True) + 1e-20)
         if self.config.moe_router_topk_scaling_factor:
             gates_TC = gates_TC * self.config.moe_router_topk_scaling_factor
-        return gates_TC.type_as(self.logits_TE)
+        return gates_TC.type_as(self.logits_TC)
 
     def normalised(self) -> Tensor:
         """Return scores of the real columns that sum to 1 per token, fp32 [T, E]: what balance losses push on."""
         if self._softmax:
-            return torch.softmax(self.logits_TE, dim=-1, dtype=torch.float32)
-        return self.scores_TE / (self.scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
+            return torch.softmax(self._real(self.logits_TC), dim=-1, dtype=torch.float32)
+        scores_TE = self._real(self.scores_TC)
+        return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
 
     def fallback(
         self,
@@ -130,30 +126,32 @@ class Scores:
             values_TC: values of the candidates in use; None: those of the real slots in `map_TE`.
             weight_TC: weights that belong to `values_TC`.
         """
+        scores_TE = self._real(self.scores_TC)
         if values_TC is None:
-            values_TC = self.scores_TE
+            values_TC = scores_TE
             weight_TC = map_TE.float().log() if self.log_weights else map_TE.float()
         if self.log_weights:
             log_total_T1 = (values_TC.float() + (0.0 if weight_TC is None else weight_TC)).logsumexp(1, keepdim=True)
-            gates = (self.scores_TE.float() - log_total_T1).exp().clamp(max=1)
+            gates = (scores_TE.float() - log_total_T1).exp().clamp(max=1)
         elif self._softmax or self.config.anyexperts_k_max == 1:
-            gates = self.scores_TE
+            gates = scores_TE
         else:
             used_TC = values_TC if weight_TC is None else values_TC * weight_TC
-            gates = self.scores_TE / (used_TC.sum(dim=1, keepdim=True) + 1e-20)
+            gates = scores_TE / (used_TC.sum(dim=1, keepdim=True) + 1e-20)
         if self.config.moe_router_topk_scaling_factor:
             gates = gates * self.config.moe_router_topk_scaling_factor
-        ineligible_TE = map_TE | self._group_limited(self._selection(expert_bias)).isneginf()
+        ineligible_TE = map_TE | self._eligible(expert_bias).isneginf()
         return gates.type_as(gates_TE).masked_fill(ineligible_TE, 0)
 
-    def _selection(self, expert_bias: Tensor | None) -> Tensor:
-        if expert_bias is None or self._softmax:
-            return self.scores_TE
-        return self.scores_TE + expert_bias.float()
+    def _real(self, values_TC: Tensor) -> Tensor:
+        return values_TC[:, : self.config.num_moe_experts]
 
-    def _group_limited(self, scores_TE: Tensor) -> Tensor:
-        """Return the scores with columns outside the best groups at -inf (DeepSeek-V3's group-limited routing)."""
+    def _eligible(self, expert_bias: Tensor | None) -> Tensor:
+        """Return what real columns are ranked by: biased scores, -inf outside the best groups (DeepSeek-V3)."""
         config = self.config
+        scores_TE = self._real(self.scores_TC)
+        if expert_bias is not None and not self._softmax:
+            scores_TE = scores_TE + expert_bias.float()
         if not config.moe_router_group_topk:
             return scores_TE
         by_group_TGM = scores_TE.unflatten(1, (config.moe_router_num_groups, -1))

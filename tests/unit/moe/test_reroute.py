@@ -88,8 +88,8 @@ def test_a_slot_becomes_virtual_only_if_no_eligible_expert_has_room(problem):
     fitted = fit_to_plan(decision, quota, room, k_max)
     rerouted = fitted.routing_map_TE & ~decision.routing_map_TE
     left = room - _per_rank(rerouted, len(quota))
-    open_TE = (decision.fallback_gates_TE > 0) & ~rerouted & (left > 0).repeat_interleave(
-        rerouted.shape[1] // len(quota)
+    open_TE = (
+        (decision.fallback_gates_TE > 0) & ~rerouted & (left > 0).repeat_interleave(rerouted.shape[1] // len(quota))
     )
     # Up to 2 x k_max candidates are looked at.
     seen = (decision.fallback_gates_TE > 0).sum(1) <= 2 * k_max
