@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_anyexperts.data.config import DataConfig
+
+_ABSENT = ("", "null", "~", "false")  # values with which the configuration leaves a flag out
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -22,7 +26,7 @@ class Shape:
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, str]) -> Shape:
-        """Read it from flag names without dashes in front; absent sizes count as 1."""
+        """Read it from flag names without dashes in front; absent ones have the defaults that training gives them."""
 
         def number(name: str, default: int | None = 1) -> int | None:
             return int(flags[name]) if name in flags else default
@@ -34,7 +38,7 @@ class Shape:
             number("expert-model-parallel-size"),
             number("global-batch-size", None),
             number("micro-batch-size"),
-            number("data-streams", None),
+            number("data-streams", DataConfig.data_streams),
         )
 
 
@@ -83,22 +87,27 @@ def fit(available: int, ranks_per_node: int, shape: Shape, minimum: int = 1) -> 
 
 
 def read_flags(words: list[str], config_text: str = "") -> dict[str, str]:
-    """Scalar flags of a training command: from its flat YAML config, overridden by its command line.
+    """Scalar flags of a training command: from its flat YAML config without what `--unset` drops, then its own words.
 
     Args:
         words: command line after the program, such as ["--config", "x.yaml", "--micro-batch-size", "1"].
         config_text: content of the YAML file, which names flags one to one at its top level.
     """
-    flags = {}
-    for line in config_text.splitlines():
-        name, colon, value = line.partition(":")
-        value = value.split(" #")[0].strip()
-        if colon and value and not name.startswith((" ", "#", "-")):
-            flags[name.strip().replace("_", "-")] = value
+    given: dict[str, str] = {}
+    unset = set()
     for position, word in enumerate(words):
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             if not equals:
                 value = words[position + 1] if position + 1 < len(words) else ""
-            flags[name.replace("_", "-")] = value
-    return flags
+            if name == "unset":
+                unset.add(value.replace("_", "-"))
+            else:
+                given[name.replace("_", "-")] = value
+    flags = {}
+    for line in config_text.splitlines():
+        name, colon, value = line.partition(":")
+        value = value.split(" #")[0].strip()
+        if colon and value not in _ABSENT and not name.startswith((" ", "#", "-")):
+            flags[name.strip().replace("_", "-")] = value
+    return {name: value for name, value in flags.items() if name not in unset} | given

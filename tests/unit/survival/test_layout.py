@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_anyexperts.data.config import DataConfig
 from megatron_anyexperts.survival.layout import Layout, Shape, fit, read_flags
 
 powers = st.sampled_from([1, 2, 4, 8])
@@ -45,4 +46,19 @@ def test_a_count_of_nodes_that_breaks_the_data_order_is_left_out():
 def test_flags_come_from_the_file_and_the_command_line_wins():
     text = "# comment\nexpert-model-parallel-size: 4  # per stage\nglobal_batch_size: 16\nlist:\n- a: 1\n"
     flags = read_flags(["--config", "x.yaml", "--expert-model-parallel-size=2", "--bf16"], text)
-    assert Shape.from_flags(flags) == Shape(expert=2, global_batch=16)
+    assert Shape.from_flags(flags) == Shape(expert=2, global_batch=16, data_streams=DataConfig().data_streams)
+
+
+@pytest.mark.parametrize("words", [["--unset", "expert-model-parallel-size"], ["--unset=expert_model_parallel_size"]])
+def test_an_unset_flag_has_its_default_unless_the_command_line_gives_it(words):
+    text = "expert_model_parallel_size: 4\ndata-streams: 64\n"
+    unset = read_flags([*words, "--unset", "data-streams"], text)
+    assert Shape.from_flags(unset) == Shape(data_streams=DataConfig().data_streams)
+    given = read_flags(["--expert-model-parallel-size", "2", *words], text)
+    assert Shape.from_flags(given) == Shape(expert=2, data_streams=64)
+
+
+@pytest.mark.parametrize("value", ["null", "~", "false"])
+def test_a_flag_that_the_file_leaves_out_has_its_default(value):
+    flags = read_flags([], f"global-batch-size: {value}\ndata-streams: 8\n")
+    assert Shape.from_flags(flags) == Shape(data_streams=8)
