@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_anyexperts.survival import checkpoints as files
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.heartbeat import Heartbeat
-from megatron_anyexperts.survival.manifest import digest, iteration_directory, payload_files
+from megatron_anyexperts.survival.manifest import TRACKER, digest, iteration_directory, payload_files
 from megatron_anyexperts.survival.run import Run
 
 DATA_STATE = "data_state.pt"
@@ -54,16 +54,24 @@ def _on_rank_0(call: Callable[[], Any]) -> Any:
     return result
 
 
+def _tried(call: Callable[[], Any]) -> tuple[Any, str]:
+    """Return the result of `call` and "", or None and its problem."""
+    try:
+        return call(), ""
+    except (Exception, CheckpointException) as error:  # torch's is no Exception but a BaseException
+        return None, f"{type(error).__name__}: {error}"
+
+
 def _attempt(call: Callable[[], Any]) -> str:
     """Run `call` on every rank; return the first rank's problem on every rank, or "" when there was none."""
-    problem = ""
-    try:
-        call()
-    except (Exception, CheckpointException) as error:  # torch's is no Exception but a BaseException
-        problem = f"{type(error).__name__}: {error}"
     problems: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(problems, problem)
+    torch.distributed.all_gather_object(problems, _tried(call)[1])
     return next(filter(None, problems), "")
+
+
+def _attempt_on_rank_0(call: Callable[[], Any]) -> tuple[Any, str]:
+    """Run `call` on rank 0 only; return on every rank its result, or None, and its problem, or ""."""
+    return _on_rank_0(lambda: _tried(call))
 
 
 class Checkpoints:
@@ -97,18 +105,18 @@ class Checkpoints:
     def save(self, iteration: int, *arguments: Any, **keywords: Any) -> None:
         """Save like Megatron; the tracker moves to the new checkpoint only after it was hashed and sealed.
 
-        A save that fails (usually a full disk) is removed and logged; older checkpoints and the run are not touched.
+        A save that fails (a full disk, a file system that errs for a moment) is removed and logged; older checkpoints
+        and the run are not touched.
         """
         if self.heartbeat is not None:
             self.heartbeat.beat(iteration, "save")
         args = get_args()
         save_dir = Path(args.save)
         folder = iteration_directory(save_dir, iteration)
-        room = _on_rank_0(lambda: self._make_room(save_dir))
-        if not room.enough:
-            self._failed(folder, iteration, f"{room.free} bytes free, about {room.needed} needed")
-            return
-        problem = _attempt(lambda: self._save_data_state(folder))
+        room, problem = _attempt_on_rank_0(lambda: self._make_room(save_dir))
+        if not problem and not room.enough:
+            problem = f"{room.free} bytes free, about {room.needed} needed"
+        problem = problem or _attempt(lambda: self._save_data_state(folder))
         if not problem:
             restore = self._divert(args, save_dir, iteration)
             problem = _attempt(lambda: self._save(iteration, *arguments, **keywords))
@@ -154,9 +162,9 @@ class Checkpoints:
         """Hash the files on all ranks, seal, move the tracker, delete what retention gives up."""
         folder = iteration_directory(save_dir, iteration)
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        names = _on_rank_0(lambda: payload_files(folder))
+        names, problem = _attempt_on_rank_0(lambda: payload_files(folder))
         mine: dict[str, Any] = {}
-        problem = _attempt(lambda: mine.update(digest(folder, names[rank::world])))
+        problem = problem or _attempt(lambda: mine.update(digest(folder, names[rank::world])))
         if problem:
             self._failed(folder, iteration, problem)
             return
@@ -165,21 +173,32 @@ class Checkpoints:
 
         def finish() -> None:
             files.seal(folder, {name: entry for part in parts for name, entry in part.items()})
-            files.repoint_tracker(save_dir, iteration)
+            try:
+                files.repoint_tracker(save_dir, iteration)
+            except OSError:
+                # Once renamed into place the tracker vouches for a sealed checkpoint, whatever flushing it said.
+                if (save_dir / TRACKER).read_text() != str(iteration):
+                    raise
+
+        def clean_up() -> None:
             (save_dir / _UNVERIFIED_TRACKER).unlink(missing_ok=True)
             if self.keep_last:
                 files.prune(save_dir, self.keep_last, self.keep_every)
 
-        try:
-            _on_rank_0(finish)
-        except OSError as error:
-            self._failed(folder, iteration, str(error))
-        else:
-            self._log("saved", iteration=iteration)
+        _, problem = _attempt_on_rank_0(finish)
+        if problem:
+            self._failed(folder, iteration, problem)
+            return
+        self._log("saved", iteration=iteration)
+        _, problem = _attempt_on_rank_0(clean_up)
+        if problem:
+            print_rank_0(f"WARNING: older checkpoints not deleted: {problem}; the next save tries again")
 
     def _failed(self, folder: Path, iteration: int, reason: str) -> None:
+        _, problem = _attempt_on_rank_0(lambda: files.discard(folder))
+        if problem:
+            reason += f"; what it wrote is not deleted: {problem}"
         print_rank_0(f"WARNING: checkpoint of iteration {iteration} not saved: {reason}; older ones are untouched")
-        _on_rank_0(lambda: files.discard(folder))
         self._log("save_failed", iteration=iteration, reason=reason)
 
     def load(self, model: Any, optimizer: Any, scheduler: Any, *arguments: Any, **keywords: Any) -> tuple[int, Any]:
