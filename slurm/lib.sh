@@ -6,23 +6,27 @@
 # shellcheck disable=SC2034 # the scripts that source this file read it
 declare -A ENTRIES=([pretrain]=pretrain/pretrain_multimodal.py [instruct_tune]=pretrain/instruct_tune.py)
 
-# Settings a profile may leave out. ROOT is the checkout.
-# shellcheck disable=SC2034 # slurm/submit reads some of them
-default_settings() {
-  RUN="" ENTRY="" PROFILE="" JOB_NAME=""
-  ACCOUNT="" PARTITION="" QOS="" TIME=24:00:00 SBATCH_EXTRA="" SRUN_EXTRA=""
+# All settings, with what they are when neither profile nor command line gives them. ROOT is the checkout.
+SETTINGS=(
+  RUN= ENTRY= PROFILE= ARRAY= JOB_NAME=
+  ACCOUNT= PARTITION= QOS= TIME=24:00:00 SBATCH_EXTRA= SRUN_EXTRA=
   NODES=1 SPARE_NODES=0 RANKS_PER_NODE=1 CPUS_PER_RANK=1 GPUS_PER_NODE=0
-  PYTHON="$ROOT/.venv/bin/python" HOST_PYTHON=""
-  CONTAINER=none IMAGE="" MOUNTS=""
+  "PYTHON=$ROOT/.venv/bin/python" HOST_PYTHON=
+  CONTAINER=none IMAGE= MOUNTS=
   SIGNAL_LEAD_S=300 MAX_FAILURES=3 RETRY_DELAY_S=10 HANG_S=600 START_S=1800
   PREFLIGHT=full MIN_FREE_GIB=10 CLOCK_TOLERANCE_S=5 MIN_GIGABYTES_PER_S=0 PREFLIGHT_TIMEOUT_S=300
-  ARRAY=""
+)
+
+is_setting() {
+  local each
+  for each in "${SETTINGS[@]}"; do [[ ${each%%=*} == "$1" ]] && return; done
+  return 1
 }
 
 # load_settings: defaults, then the profile, then the overrides that slurm/submit passed on.
 load_settings() {
   local override key profile=${PROFILE:-generic} overrides=${ANYEXPERTS_SETTINGS:-}
-  default_settings
+  for override in "${SETTINGS[@]}"; do printf -v "${override%%=*}" %s "${override#*=}"; done
   while IFS= read -r override; do
     [[ $override == PROFILE=* ]] && profile=${override#*=}
   done <<<"$overrides"
@@ -34,10 +38,16 @@ load_settings() {
   while IFS= read -r override; do
     [[ -z $override ]] && continue
     key=${override%%=*}
-    [[ -v $key ]] || { echo "unknown setting $key; slurm/profiles/generic.env lists them" >&2; return 2; }
+    # Not any variable: PATH=... would reach this script itself.
+    is_setting "$key" || {
+      echo "unknown setting $override; settings are ${SETTINGS[*]%%=*}, explained in slurm/profiles/generic.env and" \
+        "slurm/submit --help; other variables reach the ranks when a profile exports them" >&2
+      return 2
+    }
     [[ $key == PROFILE ]] || printf -v "$key" %s "${override#*=}"
   done <<<"$overrides"
   HOST_PYTHON=${HOST_PYTHON:-$PYTHON}
+  # shellcheck disable=SC2153 # NODES is one of SETTINGS
   MIN_NODES=${NODES%-*} MAX_NODES=${NODES#*-}
 }
 

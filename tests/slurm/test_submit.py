@@ -61,7 +61,13 @@ def test_every_profile_makes_a_job(profile):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("pretrain", "NODE=2"), "unknown setting NODE"),
+        (("pretrain", "NODE=2"), "unknown setting NODE=2; settings are RUN ENTRY PROFILE ARRAY JOB_NAME"),
+        # Variables that the shell or the launcher has are no settings for that.
+        (("pretrain", "PATH=/nowhere", "--dry-run"), "unknown setting PATH=/nowhere"),
+        (("pretrain", "ROOT=/nowhere", "--dry-run"), "unknown setting ROOT=/nowhere"),
+        (("pretrain", "BASH_VERSINFO[0]=1", "--dry-run"), "unknown setting BASH_VERSINFO[0]=1"),
+        (("pretrain", "RUN ENTRY=1", "--dry-run"), "unknown setting RUN ENTRY=1"),
+        (("pretrain", "=1", "--dry-run"), "unknown setting =1"),
         (("pretrain", "PROFILE=nowhere"), "no profile"),
         (("pretrain", "CONTAINER=docker", "--dry-run"), "CONTAINER=docker is not none, pyxis or apptainer"),
         (("pretrian",), "slurm/submit KIND"),
