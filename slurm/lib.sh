@@ -107,10 +107,17 @@ on_every_node() {
 
 # preflight NODE...: sets GOOD to the nodes that are fit; fails after one line when they are too few.
 preflight() {
-  local asked reply COMMAND REPORTS
+  local code=0 REPORTS
   GOOD=("$@")
   [[ $PREFLIGHT == off ]] && return
   REPORTS=$(mktemp)
+  leave_out_the_unfit || code=$?
+  rm -f "$REPORTS"
+  return "$code"
+}
+
+leave_out_the_unfit() { # takes them out of GOOD
+  local asked reply COMMAND
   asked=$(date +%s.%N)
   COMMAND=(probe "$RUN" --gpus "$GPUS_PER_NODE")
   on_every_node "${GOOD[@]}"
@@ -125,7 +132,6 @@ preflight() {
       --least-rate "$MIN_GIGABYTES_PER_S") || return
     read -ra GOOD <<<"$reply"
   fi
-  rm -f "$REPORTS"
 }
 
 # train_once NODE...: one attempt on these nodes; sets CODE to srun's exit code.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -79,6 +80,26 @@ def test_wrong_words_are_refused(words, message):
     done = submit(*words)
     assert done.returncode
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(("failing", "good"), [("", "n1"), ("judge", "n1 n2"), ("judge-bandwidth", "n1 n3")])
+def test_the_preflight_leaves_no_file_behind(tmp_path, failing, good):
+    script = f"""
+set -euo pipefail
+ROOT={ROOT}
+source "$ROOT/slurm/lib.sh"
+load_settings
+RUN=run SLURMD_NODENAME=n1 PREFLIGHT=full
+on_every_node() {{ [[ -f $REPORTS ]] && echo answer >"$REPORTS"; }}
+survival() {{ [[ $1 != "{failing}" ]] && if [[ $1 == judge ]]; then echo n1 n3; else echo n1; fi; }}
+code=0
+preflight n1 n2 || code=$?
+echo "$code ${{GOOD[*]}}"
+"""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", script], text=True, capture_output=True, env=environment)
+    assert done.stdout == f"{int(bool(failing))} {good}\n", done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_shell_code_is_clean():
