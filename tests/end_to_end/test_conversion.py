@@ -1,24 +1,21 @@
-"""The Ling-mini-2.0 proxy trains, becomes a dynamic mixture, and goes on where it was."""
+"""The Ling-mini-2.0 proxies train; the fixed one becomes a dynamic mixture and goes on where it was."""
 
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
+import pytest
 import yaml
 
+from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.training.arguments import add_arguments, config_to_argv, read_config
 from megatron_anyexperts.training.bailing import Bailing
-from tests.end_to_end.launch import ROOT, pretrain, start_ranks
+from tests.end_to_end.launch import ROOT, Finished, pretrain, start_ranks
 from tests.unit.conversion.reference import TINY, random_weights, write
 
 CONFIGS = ROOT / "pretrain/configs"
 FIXED, DYNAMIC = (CONFIGS / f"ling_mini_2_0_{name}proxy_cpu.yaml" for name in ("", "anyexperts_"))
-ENCODERS = [
-    *("--vision-num-layers", "1", "--vision-hidden-size", "32", "--vision-ffn-hidden-size", "32"),
-    *("--vision-num-heads", "2", "--audio-num-layers", "1", "--audio-hidden-size", "32"),
-    *("--audio-ffn-hidden-size", "32", "--audio-num-heads", "2", "--audio-n-mels", "20", "--audio-stride", "16"),
-    *("--data-image-max-patches", "64", "--data-video-max-patches", "256", "--data-audio-max-seconds", "10"),
-]
 LING = TINY | {
     "vocab_size": 157184,
     "hidden_size": 2048,
@@ -44,18 +41,35 @@ def run(script: str, *words) -> str:
     return output
 
 
-def test_upcycled_model_goes_on_without_a_jump(corpus: Path, tmp_path: Path):
-    old = pretrain(corpus, tmp_path / "old", *ENCODERS, "--train-iters", "12", "--save-interval", "12", config=FIXED)
-    checkpoints = tmp_path / "old/checkpoints"
+@pytest.fixture(scope="module")
+def proxies(corpus: Path, tmp_path_factory) -> dict[Path, Finished]:
+    """Both CPU proxies after 12 iterations, by configuration."""
+    folder, steps = tmp_path_factory.mktemp("proxies"), ("--train-iters", "12", "--save-interval", "12")
+    return {config: pretrain(corpus, folder / config.stem, *steps, config=config) for config in (FIXED, DYNAMIC)}
+
+
+@pytest.mark.parametrize("config", [FIXED, DYNAMIC], ids=["fixed", "dynamic"])
+def test_proxy_trains_and_keeps_its_budget(proxies: dict[Path, Finished], config: Path):
+    losses, flags = proxies[config].losses, read_config(str(config))
+    assert losses[12] < losses[1] - 0.5
+    # Without its controllers the dynamic proxy stays at 5.1 slots, of which 5.0 are real.
+    for name, target in (("slots", "anyexperts-target-slots"), ("real", "anyexperts-target-real")):
+        late = [record["routing"]["all"][name] for record in runlog.read_metrics(proxies[config].run)][5:]
+        assert mean(late) == pytest.approx(flags.get(target, flags["moe-router-topk"]), abs=0.5), name
+    for layer in runlog.read_metrics(proxies[config].run)[-1]["routing"]["layers"].values():
+        assert (layer["all"]["virtual"] > 0) == (config == DYNAMIC)
+
+
+def test_upcycled_model_goes_on_without_a_jump(corpus: Path, proxies: dict[Path, Finished], tmp_path: Path):
+    checkpoints = proxies[FIXED].run.checkpoints
     run(
-        *("upcycle.py", "--config", DYNAMIC, "--tokenizer-model", corpus / "tokenizer", *ENCODERS),
+        *("upcycle.py", "--config", DYNAMIC, "--tokenizer-model", corpus / "tokenizer"),
         *("--load", checkpoints, "--save", tmp_path / "upcycled"),
     )
     steps = ["--train-iters", "6", "--lr-warmup-iters", "0", "--finetune"]
-    fixed = pretrain(corpus, tmp_path / "fixed", *ENCODERS, *steps, "--load", str(checkpoints), config=FIXED)
+    fixed = pretrain(corpus, tmp_path / "fixed", *steps, "--load", str(checkpoints), config=FIXED)
     words = ["--load", str(tmp_path / "upcycled"), "--expert-model-parallel-size", "2"]
-    dynamic = pretrain(corpus, tmp_path / "dynamic", *ENCODERS, *steps, *words, config=DYNAMIC, ranks=2)
-    assert old.losses[12] < old.losses[1] - 0.5
+    dynamic = pretrain(corpus, tmp_path / "dynamic", *steps, *words, config=DYNAMIC, ranks=2)
     # The first step sees the same data with the same weights.
     assert abs(dynamic.losses[1] - fixed.losses[1]) < 1e-4
     assert dynamic.losses[6] < dynamic.losses[1]
