@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -80,6 +81,21 @@ def test_wrong_words_are_refused(words, message):
     done = submit(*words)
     assert done.returncode
     assert message in done.stderr
+
+
+def test_every_setting_is_explained():
+    names = subprocess.run(
+        ["bash", "-c", f"ROOT={ROOT}; source $ROOT/slurm/lib.sh; printf '%s\\n' \"${{SETTINGS[@]%%=*}}\""],
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout.split()
+    profile = (ROOT / "slurm" / "profiles" / "generic.env").read_text()
+    of_a_profile = re.findall(r"^([A-Z_]+)=[^#\n]*# .", profile, re.MULTILINE)
+    of_a_job = re.findall(r"^ {10,}([A-Z]+)=\S+  +\S", submit("--help").stdout, re.MULTILINE)
+    in_the_docs = re.findall(r"^\| `([A-Z]+)=", (ROOT / "docs" / "slurm.md").read_text(), re.MULTILINE)
+    assert sorted(of_a_profile + of_a_job) == sorted(names)
+    assert of_a_job == in_the_docs
 
 
 @pytest.mark.parametrize(("failing", "good"), [("", "n1"), ("judge", "n1 n2"), ("judge-bandwidth", "n1 n3")])
