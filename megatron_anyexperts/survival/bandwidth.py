@@ -1,4 +1,4 @@
-"""Measures the all-reduce between nodes, and which node slows it down. The one module here that needs torch."""
+"""Measures the all-reduce between nodes, and which node slows it down; imports torch when it runs."""
 
 from __future__ import annotations
 
