@@ -15,7 +15,9 @@ import io
 import math
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from unittest.mock import patch
 
 from megatron_anyexperts.platform import cpu
 
@@ -158,6 +160,16 @@ def missing_for(args: argparse.Namespace, found: Installation) -> list[str]:
         "gradient accumulation fusion needs apex or Transformer Engine; set no-gradient-accumulation-fusion: true",
     )
     need(
+        args.moe_grouped_gemm,
+        te and found.capability >= (8, 0),
+        "moe-grouped-gemm needs Transformer Engine and compute capability 8.0; remove the key",
+    )
+    need(
+        args.apply_rope_fusion,
+        found.transformer_engine,
+        "rope fusion needs Transformer Engine; set no-rope-fusion: true",
+    )
+    need(
         args.attention_backend.name == "flash",
         found.flash_attention,
         f"attention-backend: flash needs flash attention ({HOW_TO_GET['flash attention']})",
@@ -192,12 +204,27 @@ def parse_config(cli: list[str]) -> argparse.Namespace:
         sys.argv = before
 
 
-def refused_by_training(args: argparse.Namespace, ranks: int | None) -> str | None:
+@contextlib.contextmanager
+def as_if_complete() -> Iterator[None]:
+    """Let Megatron find a GPU and Transformer Engine: its checks of hardware would hide what else it refuses."""
+    from packaging.version import Version
+
+    rope = "megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb"
+    with (
+        patch("torch.cuda.get_device_capability", lambda *_: max(FP8_CAPABILITY.values())),
+        patch("megatron.core.utils.get_te_version", lambda: Version("99")),
+        patch(rope, lambda *_: None),
+    ):
+        yield
+
+
+def refused_by_training(args: argparse.Namespace, ranks: int | None, complete: bool = False) -> str | None:
     """What training would say after validating the flags for that many ranks; None if it would start.
 
     Args:
         args: parsed, not validated; changed by validation.
         ranks: size of the job; `least_ranks` if None.
+        complete: as a machine with a GPU and Transformer Engine would say it.
     """
     from megatron.training.arguments import validate_args
 
@@ -205,7 +232,7 @@ def refused_by_training(args: argparse.Namespace, ranks: int | None) -> str | No
 
     args.world_size = ranks or least_ranks(args)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), as_if_complete() if complete else contextlib.nullcontext():
             validate_args(args, dict(DEFAULTS))
             check(args)
     except (ValueError, AssertionError) as error:
@@ -237,7 +264,7 @@ def main(cli: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     problems = missing_for(args, found)
-    if refusal := refused_by_training(args, chosen.ranks):
+    if refusal := refused_by_training(args, chosen.ranks, complete=bool(problems)):
         problems.append(refusal)
     name = chosen.config or "The given flags"
     if not problems:

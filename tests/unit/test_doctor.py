@@ -8,7 +8,8 @@ from megatron_anyexperts import doctor
 from megatron_anyexperts.doctor import FP8_CAPABILITY, HOW_TO_GET, STORAGE, Installation
 from megatron_anyexperts.training.arguments import UsageError
 
-DEMO = str(Path(__file__).parents[2] / "pretrain" / "configs" / "demo.yaml")
+CONFIGS = Path(__file__).parents[2] / "pretrain" / "configs"
+DEMO = str(CONFIGS / "demo.yaml")
 BARE = Installation(torch="2.15.0", megatron="0.19.2")
 FULL = Installation(
     torch="2.15.0",
@@ -39,6 +40,8 @@ def test_the_demo_needs_nothing():
         (["--transformer-impl", "transformer_engine"], "transformer-impl: local"),
         (["--distributed-backend", "nccl"], "use gloo"),
         (["--unset", "no-gradient-accumulation-fusion"], "no-gradient-accumulation-fusion: true"),
+        (["--unset", "no-rope-fusion"], "no-rope-fusion: true"),
+        (["--moe-grouped-gemm"], "moe-grouped-gemm needs Transformer Engine"),
         (["--attention-backend", "flash"], "flash-attn"),
         (["--async-save"], "async-save needs CUDA"),
         (["--data-path", "s3://bucket/blend.yaml"], "multi-storage-client[boto3]"),
@@ -115,6 +118,21 @@ def test_command_accepts_the_demo():
 def test_command_says_why_a_configuration_cannot_run(capsys, flags, code, message):
     assert doctor.main(flags) == code
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "mistake"),
+    [([], None), (["--anyexperts-k-min", "13"], "k_max=12"), (["--fp8-format", "e4m3"], "layernorm recompute for fp8")],
+)
+def test_command_names_missing_hardware_and_mistakes_at_once(capsys, monkeypatch, flags, mistake):
+    monkeypatch.setattr(doctor, "inspect_installation", lambda: BARE)
+    assert doctor.main(["--config", str(CONFIGS / "ling_mini_2_0_anyexperts.yaml"), *flags]) == 1
+    output = capsys.readouterr().err
+    for key in ("transformer-impl", "distributed-backend", "gradient accumulation", "moe-grouped-gemm", "rope fusion"):
+        assert f"  - {key}" in output
+    assert ("fp8-recipe: delayed needs" in output) == ("--fp8-format" in flags)
+    assert ("as a job of 8 rank(s)" in output) == (mistake is not None)
+    assert mistake is None or mistake in output
 
 
 def test_command_without_configuration_only_reports(capsys):
