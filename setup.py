@@ -32,6 +32,7 @@ setup(
         "pydantic>=2",
         "pyyaml>=6",
         "safetensors>=0.5",
+        "scipy>=1.14",
         "tensorboard>=2.18",
         "tokenizers>=0.21",
         "tqdm>=4.66",

@@ -2,25 +2,28 @@
 
     python benchmarks/data_loader.py --blend SHARDS/blend.yaml --tokenizer SHARDS/tokenizer
 
-All three cook, tokenize, decode, pack and collate with the same functions and in as many worker processes; they differ
-in how samples reach these functions. Their repeats are interleaved. CPU time is that of workers and main process
-together; unlike wall time it hardly depends on what else the machine does. The second table takes one stream apart,
-stage by stage, in one process.
+Each reads the training split once, whole, with one worker process, so all handle the same samples; all cook, tokenize,
+decode, pack and collate with the same functions. They differ in how samples reach these functions. Their repeats are
+interleaved. CPU time is that of worker and main process together; unlike wall time it hardly depends on what else the
+machine does. The second table takes one stream apart, stage by stage, in one process.
 """
 
 import argparse
+import os
 import pickle
-import random
 import statistics
+import tempfile
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import webdataset
+import yaml
 from megatron.energon import WorkerConfig, get_savable_loader
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from torch.utils.data import DataLoader, IterableDataset
@@ -30,12 +33,14 @@ from megatron_anyexperts.data.cookers import cook
 from megatron_anyexperts.data.encode import DocumentEncoder
 from megatron_anyexperts.data.faults import FaultLedger
 from megatron_anyexperts.data.loader import MicrobatchLoader, open_blend
-from megatron_anyexperts.data.packing import assemble_row, collate, pack_rows, row_order
+from megatron_anyexperts.data.packing import assemble_row, collate, from_buffer, pack_rows, row_order
 from megatron_anyexperts.data.samples import Planned, SampleError
 from megatron_anyexperts.data.shard_reader import ShardReader
 from megatron_anyexperts.data.task_encoder import FeedTaskEncoder
 from megatron_anyexperts.data.vocabulary import Vocabulary
 from megatron_anyexperts.media import MediaShape
+
+ONE_WORKER = WorkerConfig(rank=0, world_size=1, num_workers=1)
 
 
 def fill_rows(samples: list[Planned], encoder: DocumentEncoder) -> Iterator[dict[str, Any]]:
@@ -50,100 +55,124 @@ def fill_rows(samples: list[Planned], encoder: DocumentEncoder) -> Iterator[dict
 
 
 class PlainStream(IterableDataset):
-    """What one would write with webdataset alone: weighted tars, a shuffle buffer, then the shared stages."""
+    """What one would write with webdataset alone: tars in random turns, a shuffle buffer, then the shared stages."""
 
     def __init__(self, datasets: list, config: DataConfig, encoder: DocumentEncoder) -> None:
         self._datasets, self._config, self._encoder = datasets, config, encoder
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = torch.utils.data.get_worker_info()
-        streams = [self._stream(entry.dataset) for entry in self._datasets]
-        weights = [entry.weight for entry in self._datasets]
-        rng = random.Random(worker.id)
+        streams = [(self._stream(entry.dataset), len(entry.dataset)) for entry in self._datasets]
+        mixed = webdataset.RandomMix([stream for stream, _ in streams], [size for _, size in streams], longest=True)
         buffer: list[Planned] = []
-        while True:
-            [stream] = rng.choices(streams, weights)
-            buffer.extend(next(stream))
+        for planned in mixed:
+            buffer += planned
             if len(buffer) >= self._config.data_packing_buffer:
                 yield from fill_rows(buffer, self._encoder)
                 buffer = []
+        yield from fill_rows(buffer, self._encoder)
 
     def _stream(self, dataset: Any) -> Iterator[list[Planned]]:
         tars = [str(shard.path) for shard in dataset.shards]
-        for crude in webdataset.WebDataset(tars, resampled=True).shuffle(self._config.data_shuffle_buffer):
+        source = webdataset.WebDataset(tars, shardshuffle=len(tars)).shuffle(self._config.data_shuffle_buffer)
+        for crude in source:
             try:
                 yield list(self._encoder.plan(cook(dataset.subflavors["kind"], crude | {"__restore_key__": ()})))
             except SampleError:
                 yield []
 
 
-def energon_loader(args: argparse.Namespace, config: DataConfig, encoder: DocumentEncoder) -> Any:
+def one_epoch(blend: Path, folder: Path) -> Path:
+    """Write the blend again, each dataset's training split once instead of weighted."""
+    content = yaml.safe_load(blend.read_text())
+    entries = [
+        {key: value for key, value in entry.items() if key != "weight"}
+        | {"path": str(blend.resolve().parent / entry["path"]), "repetitions": 1}
+        for entry in content["splits"]["train"]["blend"]
+    ]
+    content["splits"] = {"train": {"blend_epochized": entries}}
+    file = folder / "epoch.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def energon_loader(blend: Path, config: DataConfig, encoder: DocumentEncoder) -> Any:
     """Energon as it comes, around our task encoder."""
-    workers = WorkerConfig(rank=0, world_size=1, num_workers=args.workers)
-    datasets = open_blend(args.blend, "train", config, workers)
+    datasets = open_blend(blend, "train", config, ONE_WORKER)
     dataset = FeedTaskEncoder(encoder, FaultLedger(10**9, 1.0)).build_train_datasets(
         datasets=datasets.datasets,
-        worker_config=workers,
+        worker_config=ONE_WORKER,
         batch_size=1,
         packing_buffer_size=config.data_packing_buffer,
         shuffle_buffer_size=config.data_shuffle_buffer,
         blend_mode=datasets.blend_mode,
+        repeat=False,
     )
-    return get_savable_loader(dataset)
+    return map(from_buffer, get_savable_loader(dataset))
 
 
-def measure(loader: Any, torch_iterator: Any, warm_up: int, microbatches: int) -> dict[str, float]:
-    """Samples and tokens per second of wall time, and samples per second of CPU time, after a warm-up."""
-    iterator = iter(loader)
-    for _ in range(warm_up):
-        next(iterator)
-    owner = torch_iterator(iterator)
-    processes = [psutil.Process(), *(psutil.Process(worker.pid) for worker in owner._workers)]
-    samples = tokens = 0
-    cpu, start = _cpu_seconds(processes), time.perf_counter()
-    for _ in range(microbatches):
-        microbatch = next(iterator)
+def measure(loader: Any) -> dict[str, float]:
+    """Read a whole epoch; rates count from the first microbatch, by when every loader has filled its buffers."""
+    samples = tokens = positions = 0
+    begin = time.perf_counter()
+    microbatches = iter(loader)
+    first = next(microbatches)
+    cpu, start = _cpu_seconds(), time.perf_counter()
+    for microbatch in microbatches:
         samples += sum(map(len, microbatch["sample_keys"]))
         tokens += int((microbatch["segment_ids"] > 0).sum())
-    wall, cpu = time.perf_counter() - start, _cpu_seconds(processes) - cpu
-    fill = tokens / (microbatches * microbatch["tokens"].numel())
-    return {"samples/s": samples / wall, "tokens/s": tokens / wall, "samples/CPU s": samples / cpu, "fill": fill}
+        positions += microbatch["tokens"].numel()
+    wall, cpu = time.perf_counter() - start, _cpu_seconds() - cpu
+    return {
+        "samples": samples + sum(map(len, first["sample_keys"])),
+        "start s": start - begin,
+        "samples/s": samples / wall,
+        "tokens/s": tokens / wall,
+        "samples/CPU s": samples / cpu,
+        "fill": tokens / positions,
+    }
 
 
-def _cpu_seconds(processes: list[psutil.Process]) -> float:
-    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+def _cpu_seconds() -> float:
+    # Workers may have ended and been waited for, or still live.
+    ended = os.times()
+    living = [process.cpu_times() for process in psutil.Process().children()]
+    return sum(ended[:4]) + sum(times.user + times.system for times in living)
 
 
 def compare(args: argparse.Namespace, config: DataConfig, shape: MediaShape, encoder: DocumentEncoder) -> None:
     """Print the first table."""
-    alone = WorkerConfig(rank=0, world_size=1, num_workers=args.workers)
     results: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for _ in range(args.repeats):
-        plain = PlainStream(open_blend(args.blend, "train", config, alone).datasets, config, encoder)
-        loader = DataLoader(plain, batch_size=None, num_workers=args.workers, multiprocessing_context="fork")
-        results["plain webdataset"].append(measure(loader, lambda it: it, args.warm_up, args.microbatches))
-        theirs = energon_loader(args, config, encoder)
-        results["Energon"].append(measure(theirs, lambda _, it=theirs: it._iterator, args.warm_up, args.microbatches))
-        ours = MicrobatchLoader(args.blend, config, shape, args.tokenizer, args.seq_length, 1, 0, 1, seed=1)
-        results["ours"].append(measure(ours, lambda _, it=ours: it._loader._iterator, args.warm_up, args.microbatches))
-        ours.close()
-        del loader, theirs
-    names = ("samples/s", "tokens/s", "samples/CPU s", "fill")
-    medians = {peer: {n: statistics.median(run[n] for run in runs) for n in names} for peer, runs in results.items()}
-    print(f"{'':18}" + "".join(f"{name:>15}" for name in names) + f"{'wall ratio':>12}{'CPU ratio':>12}")
+    with tempfile.TemporaryDirectory() as folder:
+        blend = one_epoch(Path(args.blend), Path(folder))
+        for _ in range(args.repeats):
+            plain = PlainStream(open_blend(blend, "train", config, ONE_WORKER).datasets, config, encoder)
+            loader = DataLoader(plain, batch_size=None, num_workers=1, multiprocessing_context="fork")
+            results["plain webdataset"].append(measure(loader))
+            theirs = energon_loader(blend, config, encoder)
+            results["Energon"].append(measure(theirs))
+            del theirs
+            ours = MicrobatchLoader(
+                blend, config, shape, args.tokenizer, args.seq_length, 1, 0, 1, seed=1, endless=False
+            )
+            results["ours"].append(measure(ours))
+            ours.close()
+    medians = {
+        peer: {name: statistics.median(run[name] for run in runs) for name in runs[0]} for peer, runs in results.items()
+    }
     base = medians["plain webdataset"]
+    decimals = {"samples": 0, "tokens/s": 0, "fill": 3}
+    print(f"{'':18}" + "".join(f"{name:>15}" for name in base) + f"{'wall ratio':>12}{'CPU ratio':>12}")
     for peer, row in medians.items():
-        ratios = (row["samples/s"] / base["samples/s"], row["samples/CPU s"] / base["samples/CPU s"])
-        figures = f"{row['samples/s']:15.1f}{row['tokens/s']:15.0f}{row['samples/CPU s']:15.1f}{row['fill']:15.3f}"
-        print(f"{peer:18}{figures}{ratios[0]:12.2f}{ratios[1]:12.2f}")
+        figures = "".join(f"{value:15.{decimals.get(name, 1)}f}" for name, value in row.items())
+        ratios = (row[name] / base[name] for name in ("samples/s", "samples/CPU s"))
+        print(f"{peer:18}{figures}" + "".join(f"{ratio:12.2f}" for ratio in ratios))
 
 
 def take_apart(args: argparse.Namespace, config: DataConfig, encoder: DocumentEncoder) -> None:
     """Print CPU milliseconds per sample of each stage, over the first samples of every dataset."""
-    alone = WorkerConfig(rank=0, world_size=1, num_workers=0)
     spent: dict[str, float] = defaultdict(float)
     count, planned = 0, []
-    for entry in open_blend(args.blend, "train", config, alone).datasets:
+    for entry in open_blend(args.blend, "train", config, ONE_WORKER).datasets:
         dataset = entry.dataset
         kind, size = dataset.subflavors["kind"], min(args.samples, dataset.shards[0].count)
         theirs, ours = (ShardInfosITarReader(dataset.path, dataset.shards) for _ in range(2))
@@ -182,20 +211,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blend", required=True, help="Energon blend with dataset weights")
     parser.add_argument("--tokenizer", required=True, help="Hugging Face tokenizer directory")
-    parser.add_argument("--workers", type=int, default=2, help="worker processes")
     parser.add_argument("--seq-length", type=int, default=2048, help="tokens of a row")
     parser.add_argument(
         "--packing-buffer", type=int, default=128, help="samples among which to pack; measure over many of them"
     )
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each loader; the median counts")
-    parser.add_argument("--warm-up", type=int, default=8, help="microbatches before measuring; fills the buffers")
-    parser.add_argument("--microbatches", type=int, default=80, help="microbatches measured in each run")
+    parser.add_argument("--repeats", type=int, default=3, help="epochs of each loader; the median counts")
     parser.add_argument("--samples", type=int, default=300, help="samples of each dataset in the second table")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.set_num_threads(1)
     config = DataConfig(
-        data_streams=args.workers,
+        data_streams=1,
         data_shuffle_buffer=200,
         data_packing_buffer=args.packing_buffer,
         data_error_budget=10**9,

@@ -19,6 +19,7 @@ from megatron_anyexperts.data import elastic, shard_reader
 from megatron_anyexperts.data.config import DataConfig
 from megatron_anyexperts.data.encode import DocumentEncoder
 from megatron_anyexperts.data.faults import DataFeedError, ErrorBudgetExceeded, FaultLedger
+from megatron_anyexperts.data.packing import from_buffer
 from megatron_anyexperts.data.task_encoder import FeedTaskEncoder
 from megatron_anyexperts.data.vocabulary import Vocabulary
 from megatron_anyexperts.media import MediaShape
@@ -132,7 +133,7 @@ class MicrobatchLoader:
                 # would wait for those threads for ever, because a fork does not copy them: clear them away here.
                 gc.collect()
                 self._iterator = iter(self._loader)
-            microbatch = next(self._iterator)
+            microbatch = from_buffer(next(self._iterator))
         except StopIteration:
             raise
         except ErrorBudgetExceeded as error:

@@ -17,6 +17,11 @@ def _filters(n_mels: int) -> torch.Tensor:
     return torch.from_numpy(bank.astype(np.float32))
 
 
+@lru_cache
+def _window() -> torch.Tensor:
+    return torch.hann_window(WINDOW)
+
+
 def log_mel(samples: np.ndarray, n_mels: int) -> np.ndarray:
     """Log-mel spectrogram of a mono clip.
 
@@ -28,7 +33,7 @@ def log_mel(samples: np.ndarray, n_mels: int) -> np.ndarray:
         float32 [n // 160, n_mels] (at least one frame): the clip's loudest 80 dB, scaled to a span of 2.
     """
     wave = torch.from_numpy(np.ascontiguousarray(samples))
-    spectrum = torch.stft(wave, WINDOW, HOP, window=torch.hann_window(WINDOW), return_complex=True)
+    spectrum = torch.stft(wave, WINDOW, HOP, window=_window(), return_complex=True)
     frames = max(1, len(samples) // HOP)
     power = spectrum[:, :frames].abs().square()
     decades = (power.T @ _filters(n_mels)).clamp(min=1e-10).log10()

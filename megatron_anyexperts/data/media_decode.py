@@ -6,6 +6,7 @@ import math
 import av
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from scipy.fft import next_fast_len
 
 from megatron_anyexperts.data.log_mel import SAMPLE_RATE, WINDOW
 from megatron_anyexperts.data.samples import Media, SampleError
@@ -138,8 +139,9 @@ def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
     # Band-limited, over the whole clip. FFmpeg's resampler costs more than decoding does, and its filter graph keeps
     # threads that a forked worker waits for without end.
     step = rate // math.gcd(rate, SAMPLE_RATE)
-    length = -(-(len(samples) + rate // 10) // step) * step  # a tenth of silence keeps the end apart from the start
-    result = length // step * (SAMPLE_RATE * step // rate)
+    # A tenth of a second of silence keeps the end apart from the start.
+    steps = next_fast_len(-(-(len(samples) + rate // 10) // step), real=True)
+    length, result = steps * step, steps * (SAMPLE_RATE * step // rate)
     spectrum = np.fft.rfft(samples, length)[: result // 2 + 1]
     resampled = np.fft.irfft(spectrum, result) * (result / length)
     return resampled[: -(-len(samples) * SAMPLE_RATE // rate)].astype(np.float32)

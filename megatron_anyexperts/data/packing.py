@@ -84,6 +84,7 @@ def assemble_row(samples: list[Planned], seq_length: int, shape: MediaShape, pad
 
 
 _RAGGED = ("image_patches", "image_grids", "audio_features", "audio_lengths")
+_ALIGNMENT = 16  # bytes; at least the largest item of an array
 
 
 def collate(rows: list[dict[str, np.ndarray]], keys: list[list[str]]) -> dict[str, Any]:
@@ -95,9 +96,35 @@ def collate(rows: list[dict[str, np.ndarray]], keys: list[list[str]]) -> dict[st
         image_grids int32 [N, 3] of all images and videos in order; audio_features float32 [F, n_mels] and
         audio_lengths int32 [M] of all clips in order; sample_keys, a list of B lists.
     """
-    microbatch: dict[str, Any] = {
-        name: torch.from_numpy((np.concatenate if name in _RAGGED else np.stack)([row[name] for row in rows]))
-        for name in rows[0]
-    }
+    microbatch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in _join(rows).items()}
     microbatch["sample_keys"] = keys
     return microbatch
+
+
+def collate_to_buffer(rows: list[dict[str, np.ndarray]], keys: list[list[str]]) -> dict[str, Any]:
+    """Like `collate`, with all arrays in one: a worker process then hands over one shared-memory segment, not eleven.
+
+    Returns:
+        buffer, uint8 [bytes]; layout, a list of (name, dtype, shape, first byte); sample_keys. `from_buffer` undoes it.
+    """
+    arrays, layout, end = _join(rows), [], 0
+    for name, array in arrays.items():
+        layout.append((name, array.dtype.str, array.shape, end))
+        end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    buffer = np.empty(end, np.uint8)
+    for array, (_, _, _, start) in zip(arrays.values(), layout, strict=True):
+        buffer[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    return {"buffer": torch.from_numpy(buffer), "layout": layout, "sample_keys": keys}
+
+
+def from_buffer(packed: dict[str, Any]) -> dict[str, Any]:
+    """Return the microbatch of `collate`, whose tensors are views of one buffer."""
+    buffer = packed["buffer"].numpy()
+    microbatch: dict[str, Any] = {"sample_keys": packed["sample_keys"]}
+    for name, dtype, shape, start in packed["layout"]:
+        microbatch[name] = torch.from_numpy(np.ndarray(shape, dtype, buffer, start))
+    return microbatch
+
+
+def _join(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: (np.concatenate if name in _RAGGED else np.stack)([row[name] for row in rows]) for name in rows[0]}

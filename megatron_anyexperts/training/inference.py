@@ -55,6 +55,7 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
     """
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.checkpointing import get_loaded_iteration
     from megatron.training.training import get_model, load_checkpoint
 
     model = get_model(
@@ -65,8 +66,9 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
     )
     args.no_load_optim = args.no_load_rng = True
     args.exit_on_missing_checkpoint = False
-    iteration, _ = load_checkpoint(model, None, None)
-    if not iteration and not args.finetune:
+    load_checkpoint(model, None, None)
+    # What it returns is 0 both without a checkpoint and for weights without a training state (converted, upcycled).
+    args.iteration = get_loaded_iteration()
+    if args.iteration < 0:
         raise UsageError(f"no checkpoint in {args.load}; train first, or name a directory with --load")
-    args.iteration = iteration
     return model[0].eval()

@@ -1,9 +1,13 @@
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_anyexperts.data.packing import assemble_row, collate, pack_rows, row_order
+from megatron_anyexperts.data.packing import assemble_row, collate, collate_to_buffer, from_buffer, pack_rows, row_order
 from megatron_anyexperts.data.samples import Planned
 from megatron_anyexperts.media import MediaShape
 
@@ -98,3 +102,19 @@ def test_a_text_microbatch_has_empty_media_of_the_right_width():
 def test_too_many_positions_for_a_row_are_an_error():
     with pytest.raises(ValueError, match="samples of 6 positions do not fit a row of 4"):
         assemble_row([sample("a", 6)], 4, SHAPE, pad_id=0)
+
+
+def test_a_microbatch_survives_the_journey_in_one_buffer():
+    parts = [
+        sample("a", 2, frames=[np.full((2, 12), 1.0, np.float32)], grids=[(1, 1, 2)]),
+        sample("b", 3, clips=[np.full((5, 4), 2.0, np.float32)]),
+    ]
+    for row in ([parts[0]], [parts[1]], parts, [sample("c", 7)]):
+        rows = [assemble_row(row, 9, SHAPE, pad_id=0)]
+        keys = [[part.__key__ for part in row]]
+        expected, packed = collate(rows, keys), collate_to_buffer(rows, keys)
+        assert isinstance(packed["buffer"], torch.Tensor)
+        received = from_buffer(pickle.loads(ForkingPickler.dumps(packed)))
+        assert received.keys() == expected.keys() and received["sample_keys"] == keys
+        for name in expected.keys() - {"sample_keys"}:
+            assert torch.equal(received[name], expected[name]) and received[name].dtype == expected[name].dtype, name
