@@ -1,5 +1,6 @@
 """The Ling-mini-2.0 proxies train; the fixed one becomes a dynamic mixture and goes on where it was."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +35,10 @@ LING = TINY | {
 """config.json of Ling-mini-2.0, as far as it counts."""
 
 
-def run(script: str, *words) -> str:
+def run(script: str, *words, code: int = 0) -> str:
     process = start_ranks(ROOT / "pretrain" / script, 1, list(map(str, words)))[0]
     output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output[-3000:]
+    assert process.returncode == code, output[-3000:]
     return output
 
 
@@ -60,15 +61,33 @@ def test_proxy_trains_and_keeps_its_budget(proxies: dict[Path, Finished], config
         assert (layer["all"]["virtual"] > 0) == (config == DYNAMIC)
 
 
-def test_upcycled_model_goes_on_without_a_jump(corpus: Path, proxies: dict[Path, Finished], tmp_path: Path):
+@pytest.fixture(scope="module")
+def upcycled(corpus: Path, proxies: dict[Path, Finished], tmp_path_factory) -> Path:
+    """The trained fixed proxy as a dynamic one: weights without a training state."""
+    folder = tmp_path_factory.mktemp("upcycled")
+    words = ("--tokenizer-model", corpus / "tokenizer", "--load", proxies[FIXED].run.checkpoints, "--save", folder)
+    run("upcycle.py", "--config", DYNAMIC, *words)
+    return folder
+
+
+def test_upcycled_model_answers_with_the_slots_it_had(corpus: Path, upcycled: Path, tmp_path: Path):
+    data = ("--data-path", corpus / "shards/blend.yaml", "--tokenizer-model", corpus / "tokenizer")
+    ask = ("--config", DYNAMIC, *data, "--prompt", "a boat", "--max-new-tokens", 2)
+    output = run("generate.py", *ask, "--load", upcycled)
+    # A new model would give 5 or 6.
+    (prompt,) = [line for line in output.splitlines() if line.startswith("  prompt: ")]
+    assert set(re.findall(r"\d\.\d\d", prompt)) == {"4.00"}
+    output = run("generate.py", *ask, "--load", tmp_path, "--finetune", code=2)
+    assert f"no checkpoint in {tmp_path}" in output
+
+
+def test_upcycled_model_goes_on_without_a_jump(
+    corpus: Path, proxies: dict[Path, Finished], upcycled: Path, tmp_path: Path
+):
     checkpoints = proxies[FIXED].run.checkpoints
-    run(
-        *("upcycle.py", "--config", DYNAMIC, "--tokenizer-model", corpus / "tokenizer"),
-        *("--load", checkpoints, "--save", tmp_path / "upcycled"),
-    )
     steps = ["--train-iters", "6", "--lr-warmup-iters", "0", "--finetune"]
     fixed = pretrain(corpus, tmp_path / "fixed", *steps, "--load", str(checkpoints), config=FIXED)
-    words = ["--load", str(tmp_path / "upcycled"), "--expert-model-parallel-size", "2"]
+    words = ["--load", str(upcycled), "--expert-model-parallel-size", "2"]
     dynamic = pretrain(corpus, tmp_path / "dynamic", *steps, *words, config=DYNAMIC, ranks=2)
     # The first step sees the same data with the same weights.
     assert abs(dynamic.losses[1] - fixed.losses[1]) < 1e-4
