@@ -12,7 +12,7 @@ from megatron_anyexperts.media import MediaShape
 from megatron_anyexperts.models.audio import AudioEncoder
 from megatron_anyexperts.models.encoder import encoder_config
 from megatron_anyexperts.models.multimodal import MultimodalModel
-from megatron_anyexperts.models.specs import decoder_stack_spec, uses_transformer_engine
+from megatron_anyexperts.models.specs import decoder_stack_spec
 from megatron_anyexperts.models.vision import VisionEncoder
 
 
@@ -77,6 +77,36 @@ def add_model_arguments(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
+def refuse_unsupported(args: Namespace, config: AnyExpertsConfig) -> None:
+    """Refuse what no model can be built from, before anything is built.
+
+    Raises:
+        ValueError: no layer pattern, or a setting that the chosen modules do not support.
+    """
+    if args.hybrid_layer_pattern is None:
+        raise ValueError(
+            "no --hybrid-layer-pattern given; one letter per layer: * attention, - dense MLP, E mixture of experts, "
+            "for example '*-*E*E' for three blocks of which the first is dense"
+        )
+    if config.context_parallel_size > 1:
+        raise ValueError(
+            f"context_parallel_size={config.context_parallel_size}: the features of images and audio are not split "
+            "over context-parallel ranks; use tensor and sequence parallelism for long sequences"
+        )
+    if (config.mtp_num_layers or 0) > 1 and config.transformer_impl == "local":
+        raise ValueError(
+            f"mtp_num_layers={config.mtp_num_layers}: without packed sequences only one prediction layer "
+            "keeps documents apart; use 1, or --transformer-impl transformer_engine"
+        )
+    if config.fp8:
+        rows = get_fp8_align_size(config.fp8_recipe)
+        if args.seq_length * args.micro_batch_size % rows:
+            raise ValueError(
+                f"seq_length={args.seq_length} times micro_batch_size={args.micro_batch_size} is not a multiple of "
+                f"{rows}, the rows that FP8 multiplication with fp8_recipe={config.fp8_recipe} works on"
+            )
+
+
 def build_model(
     args: Namespace,
     config: AnyExpertsConfig,
@@ -96,30 +126,9 @@ def build_model(
         pg_collection: process groups; Megatron's global ones if None.
 
     Raises:
-        ValueError: no layer pattern, or a setting that the chosen modules do not support.
+        ValueError: see `refuse_unsupported`.
     """
-    if args.hybrid_layer_pattern is None:
-        raise ValueError(
-            "no --hybrid-layer-pattern given; one letter per layer: * attention, - dense MLP, E mixture of experts, "
-            "for example '*-*E*E' for three blocks of which the first is dense"
-        )
-    if config.context_parallel_size > 1:
-        raise ValueError(
-            f"context_parallel_size={config.context_parallel_size}: the features of images and audio are not split "
-            "over context-parallel ranks; use tensor and sequence parallelism for long sequences"
-        )
-    if (config.mtp_num_layers or 0) > 1 and not uses_transformer_engine(config):
-        raise ValueError(
-            f"mtp_num_layers={config.mtp_num_layers}: without packed sequences only one prediction layer "
-            "keeps documents apart; use 1, or --transformer-impl transformer_engine"
-        )
-    if config.fp8:
-        rows = get_fp8_align_size(config.fp8_recipe)
-        if args.seq_length * args.micro_batch_size % rows:
-            raise ValueError(
-                f"seq_length={args.seq_length} times micro_batch_size={args.micro_batch_size} is not a multiple of "
-                f"{rows}, the rows that FP8 multiplication with fp8_recipe={config.fp8_recipe} works on"
-            )
+    refuse_unsupported(args, config)
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     language_model = HybridModel(
         config=config,

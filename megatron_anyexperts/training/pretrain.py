@@ -70,6 +70,7 @@ def check(args: argparse.Namespace) -> None:
     from megatron_anyexperts.data.config import DataConfig
     from megatron_anyexperts.data.elastic import check_global_batch, streams_per_rank
     from megatron_anyexperts.media import MediaShape
+    from megatron_anyexperts.models.build import refuse_unsupported
     from megatron_anyexperts.training.config import RunConfig
     from megatron_anyexperts.training.learning_rates import LearningRateConfig
 
@@ -79,7 +80,7 @@ def check(args: argparse.Namespace) -> None:
     if args.use_distributed_optimizer:
         # The other format cannot change expert or pipeline parallelism on resume.
         args.dist_ckpt_optim_fully_reshardable = True
-    transformer_config(args)
+    refuse_unsupported(args, transformer_config(args))
     MediaShape.from_args(args)
     LearningRateConfig.from_args(args)
     for config in (DataConfig, RunConfig):

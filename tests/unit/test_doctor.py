@@ -122,10 +122,16 @@ def test_command_says_why_a_configuration_cannot_run(capsys, flags, code, messag
 
 @pytest.mark.parametrize(
     ("flags", "mistake"),
-    [([], None), (["--anyexperts-k-min", "13"], "k_max=12"), (["--fp8-format", "e4m3"], "layernorm recompute for fp8")],
+    [
+        ([], None),
+        (["--anyexperts-k-min", "13"], "k_max=12"),
+        (["--context-parallel-size", "2"], "context_parallel_size=2"),
+        (["--fp8-format", "e4m3"], "layernorm recompute for fp8"),
+    ],
 )
 def test_command_names_missing_hardware_and_mistakes_at_once(capsys, monkeypatch, flags, mistake):
     monkeypatch.setattr(doctor, "inspect_installation", lambda: BARE)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as when run as a command
     assert doctor.main(["--config", str(CONFIGS / "ling_mini_2_0_anyexperts.yaml"), *flags]) == 1
     output = capsys.readouterr().err
     for key in ("transformer-impl", "distributed-backend", "gradient accumulation", "moe-grouped-gemm", "rope fusion"):
