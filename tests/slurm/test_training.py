@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -202,8 +204,20 @@ def test_two_trainings_share_a_node(cluster, tmp_path, data, uninterrupted):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_time_limit(submitted, data, uninterrupted):
-    # Slurm may signal up to a minute early, so the first attempts may end before their first step.
-    submit(submitted, data, {"TIME": 2, "SIGNAL_LEAD_S": 45, "MAX_FAILURES": 9})
-    submitted.await_end(800)
+    submit(submitted, data, {"TIME": 2, "SIGNAL_LEAD_S": 45, "HANG_S": 600, "MAX_FAILURES": 9})
+    submitted.await_iteration(SAVE_INTERVAL + 2, 400)
+    # From here the ranks stand still until the signal comes: a fast machine would be done before.
+    ranks = [submitted.cluster.pid(submitted.job, rank, PROGRAM) for rank in (0, 1)]
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    submitted.cluster.wait(lambda: all(map(has_pending_sigterm, ranks)), 150, "no signal", submitted.log)
+    for rank in ranks:
+        os.kill(rank, signal.SIGCONT)
+    submitted.await_end(400)
     assert "time limit" in {event.get("reason") for event in submitted.events("exit")}
     assert_equal_to(uninterrupted, submitted)
+
+
+def has_pending_sigterm(pid: int) -> bool:
+    pending = re.search(r"ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(pending[1], 16) >> (signal.SIGTERM - 1) & 1)
