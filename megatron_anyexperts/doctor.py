@@ -34,7 +34,7 @@ STORAGE = {
 HOW_TO_GET = {
     "CUDA": "run on a machine with an NVIDIA GPU and a driver that fits the CUDA version torch was built for",
     "NCCL": "comes with the CUDA build of torch",
-    "Transformer Engine": "pip install 'megatron-anyexperts[fp8]' on a machine with CUDA",
+    "Transformer Engine": "./bootstrap.sh dev,fp8 in the checkout, on a machine with the CUDA toolkit",
     "FP8": "needs Transformer Engine and a GPU of compute capability 8.9 or newer (Ada, Hopper, Blackwell)",
     "apex": "build from https://github.com/NVIDIA/apex with --cpp_ext --cuda_ext; Transformer Engine replaces it",
     "flash attention": "pip install flash-attn; Transformer Engine brings cuDNN's fused attention without it",

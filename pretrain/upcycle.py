@@ -28,7 +28,7 @@ def main() -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"checkpoint: {args.save} (train with --load {args.save} and a new --run-dir)")
+    print(f"checkpoint: {args.save} (train with --pretrained-checkpoint {args.save} and a new --run-dir)")
     return 0
 
 

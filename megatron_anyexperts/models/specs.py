@@ -82,7 +82,7 @@ def uses_transformer_engine(config: TransformerConfig) -> bool:
     if not HAVE_TE:
         raise ValueError(
             "transformer_impl=transformer_engine, but Transformer Engine cannot be imported: "
-            "pip install megatron-anyexperts[fp8] on a machine with CUDA, or pass --transformer-impl local"
+            "run ./bootstrap.sh dev,fp8 on a machine with the CUDA toolkit, or pass --transformer-impl local"
         )
     return True
 

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,17 @@ def test_command_names_missing_hardware_and_mistakes_at_once(capsys, monkeypatch
     assert ("fp8-recipe: delayed needs" in output) == ("--fp8-format" in flags)
     assert ("as a job of 8 rank(s)" in output) == (mistake is not None)
     assert mistake is None or mistake in output
+
+
+def test_training_commands_of_the_gpu_page_are_valid(monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    page = (CONFIGS.parents[1] / "docs/gpu.md").read_text()
+    proxy = re.search(r"^proxy=(\w+)$", page, re.MULTILINE)[1]
+    commands = re.findall(r"`train (\d+) (\S+?)( --[^`]+)?`", page.replace("$proxy", proxy))
+    assert len(commands) >= 10
+    for ranks, name, flags in commands:
+        args = doctor.parse_config(["--config", str(CONFIGS / f"{name}.yaml"), *flags.split()])
+        assert doctor.refused_by_training(args, int(ranks), complete=True) is None, flags
 
 
 def test_command_without_configuration_only_reports(capsys):
