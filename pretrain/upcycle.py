@@ -3,20 +3,41 @@
     python pretrain/upcycle.py --config NEW_MODEL.yaml --tokenizer-model DIR --load OLD_CHECKPOINT --save NEW_CHECKPOINT
 
 NEW_MODEL.yaml is the configuration that training will go on with. A fixed top-k checkpoint becomes a dynamic one; dense
-layers at places where the new pattern has `E` become mixtures of copies. One process without a GPU. Exit code 2:
-refused, with a list of what does not fit.
+layers at places where the new pattern has `E` become mixtures of copies. One process without a GPU, whatever layout and
+implementation the configuration names: they do not change the tensors. Exit code 2: refused, with a list of what does
+not fit.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
-from megatron_anyexperts.training.arguments import UsageError
+from megatron_anyexperts.training.arguments import UsageError, read_config
 from megatron_anyexperts.training.inference import start
+
+GPU_ONLY = ("moe-grouped-gemm", "recompute-", "fp8", "sequence-parallel")
+"""Beginnings of configuration keys without which the model has the same tensors."""
+
+ALONE = [
+    *("--transformer-impl", "local", "--distributed-backend", "gloo", "--use-cpu-initialization"),
+    *("--no-rope-fusion", "--no-gradient-accumulation-fusion", "--expert-model-parallel-size", "1"),
+    *("--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"),
+]
+"""Flags for one process without a GPU."""
+
+
+def alone(cli: list[str]) -> list[str]:
+    """The command line with what only a larger job on GPUs can carry out replaced."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    path = parser.parse_known_args(cli)[0].config
+    keys = [key for key in read_config(path) if key.startswith(GPU_ONLY)] if path else []
+    return [*cli, *ALONE, *(word for key in keys for word in ("--unset", key))]
 
 
 def main() -> int:
     try:
-        args = start(sys.argv[1:])
+        args = start(alone(sys.argv[1:]))
         if not args.load or not args.save or args.load == args.save:
             raise UsageError("name the old checkpoint with --load and a new directory with --save")
         if args.world_size > 1:

@@ -33,6 +33,14 @@ LING = TINY | {
     "max_position_embeddings": 32768,
 }
 """config.json of Ling-mini-2.0, as far as it counts."""
+ON_GPUS = """
+transformer-impl: transformer_engine
+moe-grouped-gemm: true
+recompute-granularity: selective
+recompute-modules: [moe_act, layernorm]
+expert-model-parallel-size: 8
+"""
+"""What a configuration for GPUs has in common with the large ones."""
 
 
 def run(script: str, *words, code: int = 0) -> str:
@@ -64,9 +72,10 @@ def test_proxy_trains_and_keeps_its_budget(proxies: dict[Path, Finished], config
 @pytest.fixture(scope="module")
 def upcycled(corpus: Path, proxies: dict[Path, Finished], tmp_path_factory) -> Path:
     """The trained fixed proxy as a dynamic one: weights without a training state."""
-    folder = tmp_path_factory.mktemp("upcycled")
+    folder, config = tmp_path_factory.mktemp("upcycled"), tmp_path_factory.mktemp("config") / "on_gpus.yaml"
+    config.write_text(DYNAMIC.read_text().partition("# without Transformer Engine")[0] + ON_GPUS)
     words = ("--tokenizer-model", corpus / "tokenizer", "--load", proxies[FIXED].run.checkpoints, "--save", folder)
-    run("upcycle.py", "--config", DYNAMIC, *words)
+    run("upcycle.py", "--config", config, *words)
     return folder
 
 
