@@ -105,24 +105,24 @@ def collate_to_buffer(rows: list[dict[str, np.ndarray]], keys: list[list[str]]) 
     """Like `collate`, with all arrays in one: a worker process then hands over one shared-memory segment, not eleven.
 
     Returns:
-        buffer, uint8 [bytes]; layout, a list of (name, dtype, shape, first byte); sample_keys. `from_buffer` undoes it.
+        buffer, uint8 [bytes]; layout, a list of (name, dtype, shape, first byte, end); sample_keys. For `from_buffer`.
     """
     arrays, layout, end = _join(rows), [], 0
     for name, array in arrays.items():
-        layout.append((name, array.dtype.str, array.shape, end))
-        end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        end = start + array.nbytes
+        layout.append((name, getattr(torch, array.dtype.name), array.shape, start, end))
     buffer = np.empty(end, np.uint8)
-    for array, (_, _, _, start) in zip(arrays.values(), layout, strict=True):
-        buffer[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    for name, *_, start, end in layout:
+        buffer[start:end] = arrays[name].reshape(-1).view(np.uint8)
     return {"buffer": torch.from_numpy(buffer), "layout": layout, "sample_keys": keys}
 
 
 def from_buffer(packed: dict[str, Any]) -> dict[str, Any]:
-    """Return the microbatch of `collate`, whose tensors are views of one buffer."""
-    buffer = packed["buffer"].numpy()
+    """Return the microbatch of `collate`, whose tensors are views of one buffer: pinned, if that is."""
     microbatch: dict[str, Any] = {"sample_keys": packed["sample_keys"]}
-    for name, dtype, shape, start in packed["layout"]:
-        microbatch[name] = torch.from_numpy(np.ndarray(shape, dtype, buffer, start))
+    for name, dtype, shape, start, end in packed["layout"]:
+        microbatch[name] = packed["buffer"][start:end].view(dtype).view(shape)
     return microbatch
 
 
