@@ -5,6 +5,7 @@ import math
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from PIL import Image, UnidentifiedImageError
 from scipy.fft import next_fast_len
 
@@ -236,11 +237,13 @@ def decode_frames(media: Media, frames: tuple[int, ...], height: int, width: int
         SampleError: the video is damaged or ends before the last index.
     """
     wanted, pictures = set(frames), []
+    # Not frame.to_image(): PyAV keeps its scaler for good, and with it threads for which a forked worker would wait.
+    scaler = VideoReformatter()
     try:
         with _open_stream(media) as container:
             for index, frame in enumerate(container.decode(container.streams.video[0])):
                 if index in wanted:
-                    picture = frame.to_image()
+                    picture = Image.fromarray(scaler.reformat(frame, format="rgb24", threads=1).to_ndarray())
                     pictures.append(np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)))
                 if index >= frames[-1]:
                     break

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import multiprocessing
 
 import av
 import numpy as np
@@ -161,3 +162,18 @@ def test_every_sample_format_is_scaled_to_one(form, layout):
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(raw.astype(kind)), format=form, layout=layout)
     mono = media_decode._mono(frame.to_ndarray(), frame.format, channels)
     np.testing.assert_allclose(mono, wave[0], atol=0.01)
+
+
+def decode_a_video() -> None:
+    media = Media("video", corpus.mp4_bytes(0), "mp4")
+    assert len(media_decode.decode_frames(media, (0, 3), 28, 28)) == 2
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_worker_forked_after_a_video_was_decoded_decodes_too():
+    decode_a_video()
+    worker = multiprocessing.get_context("fork").Process(target=decode_a_video)
+    worker.start()
+    worker.join(30)
+    worker.kill()
+    assert worker.exitcode == 0
