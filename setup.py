@@ -39,7 +39,8 @@ setup(
         "transformers>=4.57",
     ],
     extras_require={
-        "fp8": ["transformer-engine[core_cu13,pytorch]>=2.11"],
+        # Its torch extension is compiled against the torch that is there; ninja and pybind11 take part in that.
+        "fp8": ["transformer-engine[core_cu13,pytorch]>=2.11", "ninja>=1.11", "pybind11>=2.13"],
         "mpi": ["mpi4py>=4.1", "openmpi>=5.0"],
         "dev": [
             "boto3>=1.35",
@@ -49,6 +50,7 @@ setup(
             "openmpi>=5.0",
             "pytest>=8.3",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
         ],
     },

@@ -1,6 +1,8 @@
-"""Every test runs over the same CPU bridge as training does."""
+"""Every test runs over the same CPU bridge as training does; what shares a costly fixture runs in one process."""
 
 import os
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it for tensor parallelism
@@ -8,3 +10,15 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it
 from megatron_anyexperts.platform import cpu
 
 cpu.bridge()
+
+# Folders whose fixtures are made once a session: a Slurm cluster, whose ports are fixed, and shards with a tokenizer.
+TOGETHER = ("tests/slurm", "tests/data/feed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group tests for pytest-xdist: by file, or by folder where a folder shares what it makes."""
+    for item in items:
+        path = item.nodeid.split("::")[0]
+        group = next((folder for folder in TOGETHER if path.startswith(folder)), path)
+        item.add_marker(pytest.mark.xdist_group(group))
