@@ -17,8 +17,8 @@ setup: ## .venv with the locked dependencies
 demo: setup ## raw files to shards, training, resume and pictures, all in RUN
 	@$(PY) pretrain/demo.py --output $(RUN)
 
-check: lint ## the fast tests, for daily work
-	@$(PYTEST) -m "not slow" tests/unit tests/data
+check: lint ## unit tests and the shard builder, for daily work
+	@$(PYTEST) -m "not slow" tests/unit tests/data/build
 
 test: lint ## all tests but the slow ones
 	@$(PYTEST) -m "not slow"
