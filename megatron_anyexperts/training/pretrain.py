@@ -80,6 +80,12 @@ def check(args: argparse.Namespace) -> None:
     if args.use_distributed_optimizer:
         # The other format cannot change expert or pipeline parallelism on resume.
         args.dist_ckpt_optim_fully_reshardable = True
+    elif (args.bf16 or args.fp16) and not (args.no_save_optim or args.anyexperts_stock_moe):
+        # Megatron 0.19's other optimizer looks for the states of fp32 parameters among those of the 16-bit ones.
+        raise ValueError(
+            f"--{'bf16' if args.bf16 else 'fp16'} without --use-distributed-optimizer cannot save the optimizer state "
+            "of the importance modules, which stay fp32; set use-distributed-optimizer, which one rank can use as well"
+        )
     refuse_unsupported(args, transformer_config(args))
     MediaShape.from_args(args)
     LearningRateConfig.from_args(args)

@@ -1,12 +1,15 @@
 """Repairs of Megatron-Core 0.19.2 that a correct checkpoint depends on, on CPU and on GPU alike.
 
-Each repair wraps one upstream method and says what goes wrong without it. `tests/unit/training/test_upstream.py` shows
-each fault in the installed release, so that a repair which is no longer needed is noticed.
+`tests/unit/training/test_upstream.py` shows each fault in the installed release, so that a repair which is no longer
+needed is noticed.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -35,7 +38,7 @@ def expand_to_padded_offsets(
 
 
 def _with_padding(get_parameter_state):
-    """Return gathered states in padded layout; see `install`."""
+    """Return gathered states in padded layout; see `REPAIRS`."""
 
     @functools.wraps(get_parameter_state)
     def wrapper(self, *args, **kwargs):
@@ -103,21 +106,68 @@ def _without_step(set_states):
     return wrapper
 
 
-def install() -> None:
-    """Wrap the upstream methods; repeated calls are harmless.
+def _fp32_first(build_optimizer_group_ranges):
+    @functools.wraps(build_optimizer_group_ranges.__func__)
+    def wrapper(cls, param_groups, gbuf_ranges):
+        places, ranges = build_optimizer_group_ranges.__func__(cls, param_groups, gbuf_ranges)
+        for index, group in enumerate(ranges):
+            group["params"].sort(key=lambda parameter: parameter.dtype != torch.float32)
+            places.update((parameter, (index, place)) for place, parameter in enumerate(group["params"]))
+        return places, ranges
 
-    - ``fully_reshardable`` saves slice states that lack the padding between buckets with offsets that count it: every
-      parameter after a padded bucket is stored shifted, fp32 master weights included (upstream pull request 5077).
-    - With torch's Adam (no Transformer Engine, no apex), whose step counters are tensors that exist only after the
-      first step: loading fails on an assertion without them; fails on a key error with them, since checkpoints hold the
-      step once, not per parameter; and gives all parameters one shared counter, which then advances by the number of
-      parameters in each step.
-    """
-    cls = DistributedOptimizer
-    if getattr(cls, "_anyexperts_repaired", False):
-        return
-    cls.sharded_param_state_fully_reshardable = _padded_while_sharding(cls.sharded_param_state_fully_reshardable)
-    cls.sharded_state_dict = _with_state_before_load(cls.sharded_state_dict)
-    cls.load_state_dict = _with_own_steps(cls.load_state_dict)
-    cls._set_main_param_and_optimizer_states = _without_step(cls._set_main_param_and_optimizer_states)
-    cls._anyexperts_repaired = True
+    return classmethod(wrapper)
+
+
+@dataclass(frozen=True)
+class Repair:
+    """One method of `DistributedOptimizer`, what wraps it, and what goes wrong without."""
+
+    attribute: str
+    wrap: Callable[[Any], Any]
+    reason: str
+
+    def apply(self) -> None:
+        """Wrap the method."""
+        setattr(DistributedOptimizer, self.attribute, self.wrap(vars(DistributedOptimizer)[self.attribute]))
+
+
+REPAIRS = (
+    Repair(
+        "sharded_param_state_fully_reshardable",
+        _padded_while_sharding,
+        "slices states that lack the padding between buckets with offsets that count it: every parameter after a "
+        "padded bucket is stored shifted, fp32 master weights included (upstream pull request 5077)",
+    ),
+    Repair(
+        "_build_optimizer_group_ranges",
+        _fp32_first,
+        "a group of a bf16 or fp16 model that holds fp32 parameters too (importance modules) steps with those in "
+        "front, while the index by which states are saved and loaded keeps the order of the buffers: parameters are "
+        "saved with each other's states, or saving raises where their sizes differ",
+    ),
+    Repair(
+        "sharded_state_dict",
+        _with_state_before_load,
+        "torch's Adam (no Transformer Engine, no apex) has step counters only after its first step: loading fails on "
+        "an assertion without them",
+    ),
+    Repair(
+        "_set_main_param_and_optimizer_states",
+        _without_step,
+        "torch's Adam has a step counter for each parameter, checkpoints hold one for all: loading fails on a key",
+    ),
+    Repair(
+        "load_state_dict",
+        _with_own_steps,
+        "gives torch's Adam one shared step counter, which then advances by the number of parameters in each step",
+    ),
+)
+_applied: set[Repair] = set()
+
+
+def install() -> None:
+    """Apply all repairs; repeated calls are harmless."""
+    for repair in REPAIRS:
+        if repair not in _applied:
+            repair.apply()
+            _applied.add(repair)

@@ -25,6 +25,7 @@ def message(result) -> str:
         (("--async-save",), ["--async-save"]),
         (("--anyexperts-rho-max", "1.5"), ["rho_max", "1.5"]),
         (("--data-path", "README.md", "LICENSE"), ["--data-path", "one Energon blend"]),
+        (("--bf16", "--unset", "use-distributed-optimizer"), ["--bf16", "use-distributed-optimizer"]),
     ],
     ids=[
         "K_min above K_max",
@@ -34,6 +35,7 @@ def message(result) -> str:
         "async save",
         "share above 1",
         "two blends",
+        "bf16 and the other optimizer",
     ],
 )
 def test_wrong_flags(corpus, tmp_path, flags, expected):

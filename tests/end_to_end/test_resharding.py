@@ -11,6 +11,8 @@ from tests.end_to_end.launch import ROOT, pretrain
 DUMPING = ROOT / "tests/end_to_end/dumping_pretrain.py"
 EP2 = ("--expert-model-parallel-size", "2")
 PP2 = ("--pipeline-model-parallel-size", "2")
+# Importance stays fp32 among bf16 parameters.
+BF16 = ("--bf16",)
 # Buckets of a few thousand elements, each padded at its end.
 SMALL_BUCKETS = ("--overlap-grad-reduce", "--ddp-bucket-size", "3000")
 
@@ -34,11 +36,11 @@ def live_state(folder: Path) -> dict[tuple, torch.Tensor]:
     "saved, loaded",
     [
         ((2, EP2), (1, ())),
-        ((1, ()), (2, EP2)),
-        ((2, EP2), (2, PP2)),
+        ((1, BF16), (2, (*BF16, *EP2))),
+        ((2, (*BF16, *EP2)), (2, (*BF16, *PP2))),
         ((2, (*EP2, *SMALL_BUCKETS)), (1, SMALL_BUCKETS)),
     ],
-    ids=["EP2 to EP1", "EP1 to EP2", "EP2 to PP2", "several buckets"],
+    ids=["EP2 to EP1", "bf16, EP1 to EP2", "bf16, EP2 to PP2", "several buckets"],
 )
 def test_state_is_equal_after_resharding(corpus, tmp_path, saved, loaded):
     (ranks, flags), (new_ranks, new_flags) = saved, loaded
