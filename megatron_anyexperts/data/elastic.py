@@ -5,14 +5,15 @@ order; rank r emits its streams round robin. One *round* is one microbatch of ea
 of a stream does not depend on the layout, so states can be dealt out to any number of ranks that divides V.
 """
 
-import pickle
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.energon.savable_loader import SavableDataLoaderState
 
-VERSION = 1
+from megatron_anyexperts.data import plain_state
+
+VERSION = 2  # 1 held pickles, which run code when they are read
 
 
 def valid_dp_sizes(streams: int) -> list[int]:
@@ -54,7 +55,7 @@ class RankState:
 
     Attributes:
         rounds: whole rounds that every stream has emitted since the start of the run.
-        streams: pickled state of each of the rank's streams, in order; None before the first microbatch of the run.
+        streams: state of each of the rank's streams as JSON, in order; None before the first microbatch of the run.
     """
 
     rounds: int
@@ -67,7 +68,7 @@ def split_state(state: SavableDataLoaderState | None, rounds: int) -> RankState:
         return RankState(rounds, None)
     if state.next_worker_id != 0:
         raise ValueError(f"the rank stopped in the middle of a round, before stream {state.next_worker_id} of its own")
-    return RankState(rounds, [pickle.dumps(worker) for worker in state.worker_states])
+    return RankState(rounds, [plain_state.dumps(worker) for worker in state.worker_states])
 
 
 def has_ended(stream: bytes) -> bool:
@@ -81,7 +82,7 @@ def has_ended(stream: bytes) -> bool:
             return [state["_epoch_count"]]
         return [count for inner in state.get("datasets", ()) for count in epochs(inner)]
 
-    return all(count > 0 for count in epochs(pickle.loads(stream).state.dataset_state))
+    return all(count > 0 for count in epochs(plain_state.loads(stream).state.dataset_state))
 
 
 def merge_states(ranks: list[RankState], fingerprint: dict[str, Any], micro_batch_size: int) -> dict[str, Any]:
@@ -126,17 +127,21 @@ def rank_state(
         What Energon's loader restores from; None at the start of a run.
 
     Raises:
-        ValueError: another version, other settings than those saved, or a size that does not divide the streams.
+        ValueError: another version, other settings than those saved, a damaged state, or a size that does not divide
+            the streams.
     """
     if state.get("version") != VERSION:
-        raise ValueError(f"data state of version {state.get('version')!r}; this release reads version {VERSION}")
+        raise ValueError(
+            f"data state of version {state.get('version')!r}; this release reads version {VERSION}: finish the run "
+            "with the release that began it, or load its weights into a new run with --load CHECKPOINTS --finetune"
+        )
     if changed := differences(state["fingerprint"], fingerprint):
         raise ValueError(
             "the data settings differ from those of the checkpoint, so its position in the data is meaningless:\n  "
             + "\n  ".join(changed)
             + "\nrestore these settings, or start the data anew without loading the data state"
         )
-    workers = [pickle.loads(stream.numpy().tobytes()) for stream in state["streams"]]
+    workers = [plain_state.loads(stream.numpy().tobytes()) for stream in state["streams"]]
     if not workers:
         return None
     share = streams_per_rank(len(workers), dp_size)

@@ -1,5 +1,3 @@
-import pickle
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +5,7 @@ from hypothesis import strategies as st
 from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState
 from megatron.energon.state import FlexState
 
-from megatron_anyexperts.data import elastic
+from megatron_anyexperts.data import elastic, plain_state
 
 STREAMS = st.sampled_from([1, 2, 4, 6, 12, 64])
 
@@ -104,4 +102,4 @@ def test_a_run_saved_before_its_first_batch_starts_at_the_beginning():
 def test_a_stream_has_ended_when_all_its_datasets_have(counts, ended):
     datasets = FlexState(datasets=[FlexState(datasets=[FlexState(_epoch_count=count)]) for count in counts])
     state = SavableDatasetState(rng=None, dataset_state=datasets, sample_index=1)
-    assert elastic.has_ended(pickle.dumps(SavableDatasetCheckpoint(state=state, offset=0))) == ended
+    assert elastic.has_ended(plain_state.dumps(SavableDatasetCheckpoint(state=state, offset=0))) == ended
