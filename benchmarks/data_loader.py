@@ -28,11 +28,12 @@ from megatron.energon import WorkerConfig, get_savable_loader
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from torch.utils.data import DataLoader, IterableDataset
 
+from megatron_anyexperts.data.blend import open_blend
 from megatron_anyexperts.data.config import DataConfig
 from megatron_anyexperts.data.cookers import cook
 from megatron_anyexperts.data.encode import DocumentEncoder
 from megatron_anyexperts.data.faults import FaultLedger
-from megatron_anyexperts.data.loader import MicrobatchLoader, open_blend
+from megatron_anyexperts.data.loader import MicrobatchLoader
 from megatron_anyexperts.data.packing import assemble_row, collate, from_buffer, pack_rows, row_order
 from megatron_anyexperts.data.samples import Planned, SampleError
 from megatron_anyexperts.data.shard_reader import ShardReader

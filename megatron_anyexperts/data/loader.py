@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader, load_dataset
+from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader
 from megatron.energon.task_encoder.base import TaskEncoder
 
 from megatron_anyexperts.data import elastic, shard_reader
+from megatron_anyexperts.data.blend import open_blend
 from megatron_anyexperts.data.config import DataConfig
 from megatron_anyexperts.data.encode import DocumentEncoder
 from megatron_anyexperts.data.faults import DataFeedError, ErrorBudgetExceeded, FaultLedger
@@ -207,26 +208,6 @@ class MicrobatchLoader:
         self._failed = True
         if (torch_iterator := self._loader._iterator) is not None:
             torch_iterator._shutdown_workers()
-
-
-def open_blend(blend: str | Path, split: str, config: DataConfig, workers: WorkerConfig) -> Any:
-    """Energon's loaded datasets of one split of a blend.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder.
-    """
-    if "://" not in str(blend) and not Path(blend).exists():
-        raise FileNotFoundError(f"data blend {blend} does not exist; build it with data_tools/build_shards.py")
-    training = split == "train"
-    options = {"max_samples_per_sequence": config.data_run_length, "shuffle_over_epochs_multiplier": 1}
-    datasets = load_dataset(str(blend)).get_datasets(
-        training=training,
-        split_part=split,
-        worker_config=workers,
-        decoder=None,
-        **(options | {"parallel_shard_iters": config.data_open_shards} if training else {}),
-    )
-    return datasets
 
 
 def _describe(datasets: list) -> str:

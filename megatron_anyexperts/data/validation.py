@@ -7,11 +7,11 @@ from typing import Any
 from megatron.energon import WorkerConfig
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 
+from megatron_anyexperts.data.blend import open_blend
 from megatron_anyexperts.data.config import DataConfig
 from megatron_anyexperts.data.cookers import cook
 from megatron_anyexperts.data.encode import DocumentEncoder
 from megatron_anyexperts.data.faults import DataFeedError, FaultLedger
-from megatron_anyexperts.data.loader import open_blend
 from megatron_anyexperts.data.packing import assemble_row, collate, pack_rows, row_order
 from megatron_anyexperts.data.samples import MODALITY_CODES, Planned, SampleError
 from megatron_anyexperts.data.shard_reader import ShardReader

@@ -19,9 +19,9 @@ from megatron.core import mpu
 from megatron.energon import WorkerConfig
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 
+from megatron_anyexperts.data.blend import open_blend
 from megatron_anyexperts.data.cookers import cook
 from megatron_anyexperts.data.encode import DocumentEncoder
-from megatron_anyexperts.data.loader import open_blend
 from megatron_anyexperts.data.packing import assemble_row, collate, pack_rows
 from megatron_anyexperts.data.samples import Document, Planned, SampleError
 from megatron_anyexperts.data.shard_reader import ShardReader
