@@ -20,7 +20,9 @@ from megatron_anyexperts.data.build.sample import Sample
 from megatron_anyexperts.data.build.scan import Scan, load_scan, scan_path
 from megatron_anyexperts.data.build.sources.base import Chunk
 from megatron_anyexperts.data.build.tasks import ScanTask, WriteTask
-from megatron_anyexperts.data.build.workers import Share, run_tasks
+from megatron_anyexperts.data.build.tolerance import Unforeseen
+from megatron_anyexperts.data.build.unforeseen import guarded
+from megatron_anyexperts.data.build.workers import Handled, Share, run_tasks
 from megatron_anyexperts.data.build.write import manifest_path
 from megatron_anyexperts.data.tokenizer import adopt_tokenizer, train_tokenizer
 
@@ -38,7 +40,7 @@ def tool_version() -> str:
 
 def corpus_document(corpus: Corpus) -> dict:
     """A corpus description without machine paths: what identifies a build, and what the manifest shows."""
-    content = corpus.model_dump(mode="json")
+    content = corpus.model_dump(mode="json", exclude={"tolerance"})
     for source, options in zip(corpus.sources, content["sources"], strict=True):
         options["type"] = source.type
         options["path"] = source.path.name
@@ -61,19 +63,24 @@ def build(corpus: Corpus, output: Path, share: Share, workers: int, quiet: bool 
         The manifest of the corpus; None for participants other than the first, which do not finish it.
 
     Raises:
-        CorpusError: a source is missing or empty, or `output` holds another corpus.
+        CorpusError: a source is missing or empty, `output` holds another corpus, or too many items ended in an error
+            that nobody foresaw.
     """
     work = output / ".build"
     claim_output(corpus, output)
     chunks = list_chunks(corpus, output)
     scans = [ScanTask(corpus, number, chunk, work) for number, chunk in enumerate(chunks)]
-    _run(scans, share, workers, quiet, "scan", "chunk")
+    _run(scans, corpus, share, workers, quiet, "scan", "chunk")
     scanned = [load_scan(task.path) for task in scans]
+    # Counted once more, over all participants and earlier runs.
+    unforeseen = Unforeseen(corpus.tolerance)
+    for scan in scanned:
+        unforeseen.add(scan.items, scan.rejected)
     plan = make_plan(corpus, scanned)
     if not plan.shards:
         raise CorpusError(_nothing_accepted(scanned))
     make_tokenizer(corpus, chunks, plan, output)
-    _run(write_tasks(corpus, chunks, plan, output), share, workers, quiet, "write", "shard")
+    _run(write_tasks(corpus, chunks, plan, output), corpus, share, workers, quiet, "write", "shard")
     if share.part != 0:
         return None
     manifest = finish(corpus, corpus_document(corpus), chunks, scanned, plan, output, tool_version())
@@ -104,13 +111,14 @@ def rebuild_shard(corpus: Corpus, output: Path, name: str) -> dict:
     return finish(corpus, corpus_document(corpus), chunks, scanned, plan, output, tool_version())
 
 
-def _run(tasks: list, share: Share, workers: int, quiet: bool, stage: str, unit: str) -> None:
-    items = 0
+def _run(tasks: list, corpus: Corpus, share: Share, workers: int, quiet: bool, stage: str, unit: str) -> None:
+    items, unforeseen = 0, Unforeseen(corpus.tolerance)
     with tqdm(total=len(tasks), desc=stage, unit=f" {unit}", disable=quiet, dynamic_ncols=True) as bar:
 
-        def on_done(count: int) -> None:
+        def on_done(handled: Handled) -> None:
             nonlocal items
-            items += count
+            items += handled.items
+            unforeseen.add(handled.items, handled.rejected)
             rate = items / max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(f"{items} items, {rate:.0f} items/s", refresh=False)
             bar.update()
@@ -242,6 +250,6 @@ def _shard_texts(corpus: Corpus, chunks: list[Chunk], shard: ShardPlan) -> Itera
     for number in dict.fromkeys(shard.chunks.tolist()):
         source = corpus.sources[chunks[number]["source"]]
         wanted = set(shard.samples["position"][shard.chunks == number].tolist())
-        for _, item in source.read(chunks[number], wanted, corpus.limits.max_media_bytes):
+        for _, item in guarded(source.read(chunks[number], wanted, corpus.limits.max_media_bytes), source.label):
             if isinstance(item, Sample):
                 yield from item.texts()

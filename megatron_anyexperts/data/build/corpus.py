@@ -43,6 +43,18 @@ class Limits(_Section):
     """Media of one interleaved document or chat."""
 
 
+class Tolerance(_Section):
+    """Errors that nobody foresaw: each costs one item; more of them than both limits allow end the build.
+
+    Not part of what identifies a build: a build that ended here goes on when the limits are raised.
+    """
+
+    unforeseen_items: int = Field(100, ge=0)
+    """Items."""
+    unforeseen_share: float = Field(0.01, ge=0, le=1)
+    """Share of the items read."""
+
+
 class Shards(_Section):
     """Size of a shard: whichever limit is reached first closes it."""
 
@@ -109,6 +121,7 @@ class Corpus(_Section):
     """Bytes of a line-based file in one unit of work."""
     sources: list[SerializeAsAny[Source]] = Field(min_length=1)
     limits: Limits = Limits()
+    tolerance: Tolerance = Tolerance()
     shards: Shards = Shards()
     dedup: Dedup = Dedup()
     transform: Transform = Transform()

@@ -16,7 +16,7 @@ from PIL import Image
 from megatron_anyexperts.data.build.corpus import Limits
 from megatron_anyexperts.data.build.sample import Media, Rejected
 
-IMAGE_FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+IMAGE_FORMATS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 CONTAINERS = {
     "ogg": "ogg", "opus": "ogg", "wav": "wav", "flac": "flac", "mp3": "mp3", "m4a": "mp4", "aac": "aac",
     "mp4": "mp4", "mov": "mov", "m4v": "mp4", "mkv": "matroska", "webm": "matroska", "avi": "avi",

@@ -13,6 +13,7 @@ from megatron_anyexperts.data.build.files import atomic_file
 from megatron_anyexperts.data.build.probe import Facts, probe
 from megatron_anyexperts.data.build.sample import KINDS, Rejected, Sample
 from megatron_anyexperts.data.build.sources.base import Chunk
+from megatron_anyexperts.data.build.unforeseen import foreseen, guarded
 
 ACCEPTED = np.dtype(
     [("hash_high", "<u8"), ("hash_low", "<u8"), ("group", "<u8"), ("position", "<i8"), ("bytes", "<i8"), ("kind", "u1")]
@@ -63,6 +64,13 @@ def check(sample: Sample, limits: Limits) -> list[Facts]:
     return [probe(media, limits) for media in sample.media]
 
 
+def _row(position: int, item: Sample) -> tuple:
+    digest = item.content_hash()
+    halves = (int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big"))
+    group = int.from_bytes(item.group_hash(), "big")
+    return (*halves, group, position, item.byte_count(), KINDS.index(item.kind))
+
+
 def describe(rejected: Rejected) -> dict[str, str]:
     """A line of the list of rejected samples."""
     return {"origin": rejected.origin, "reason": rejected.reason, "detail": rejected.detail}
@@ -79,27 +87,29 @@ def scan_chunk(corpus: Corpus, chunk: Chunk, crashed: set[int] = frozenset(), on
     """
     rows, facts, rejected, texts, images = [], [], [], [], []
     source = corpus.sources[chunk["source"]]
-    for position, item in source.read(chunk, None, corpus.limits.max_media_bytes):
+    items = source.read(chunk, None, corpus.limits.max_media_bytes)
+    for position, item in guarded(items, source.label):
         try:
             if isinstance(item, Rejected):
                 raise item
             if position in crashed:
                 raise Rejected("decoding it kills the process")
             on_item(position)
-            found = check(item, corpus.limits)
+            with foreseen():
+                found = check(item, corpus.limits)
+                row = _row(position, item)
+                image = near.image_signature(item) if corpus.dedup.near_image is not None else None
+                text = near.text_signature(item) if corpus.dedup.near_text is not None else None
         except Rejected as problem:
             problem.origin = item.origin
             rejected.append(describe(problem))
             continue
-        digest = item.content_hash()
-        halves = (int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big"))
-        group = int.from_bytes(item.group_hash(), "big")
-        rows.append((*halves, group, position, item.byte_count(), KINDS.index(item.kind)))
+        rows.append(row)
         facts.append(found)
-        if corpus.dedup.near_image is not None:
-            images.append(near.image_signature(item))
-        if corpus.dedup.near_text is not None:
-            texts.append(near.text_signature(item))
+        if image is not None:
+            images.append(image)
+        if text is not None:
+            texts.append(text)
     return Scan(
         np.array(rows, dtype=ACCEPTED),
         facts,

@@ -10,6 +10,7 @@ from megatron_anyexperts.data.build.files import write_json
 from megatron_anyexperts.data.build.plan import ShardPlan
 from megatron_anyexperts.data.build.scan import save_scan, scan_chunk, scan_path, work_file
 from megatron_anyexperts.data.build.sources.base import Chunk
+from megatron_anyexperts.data.build.workers import Handled
 from megatron_anyexperts.data.build.write import is_written, write_shard
 
 
@@ -38,7 +39,7 @@ class ScanTask:
     def done(self) -> bool:
         return self.path.is_file()
 
-    def run(self) -> int:
+    def run(self) -> Handled:
         # The file names the item in progress, in case decoding it kills the process.
         trace = self._file("trace", "position")
         trace.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +52,7 @@ class ScanTask:
             scan = scan_chunk(self.corpus, self.chunk, self._crashed(), on_item)
         save_scan(scan, self.path, self.work / "tmp")
         trace.unlink(missing_ok=True)
-        return scan.items
+        return Handled(scan.items, scan.rejected)
 
     def _crashed(self) -> set[int]:
         with contextlib.suppress(FileNotFoundError):
@@ -85,9 +86,9 @@ class WriteTask:
     def done(self) -> bool:
         return is_written(self.plan, self.output)
 
-    def run(self) -> int:
-        write_shard(self.corpus, self.chunks, self.plan, self.output, self.version)
-        return len(self.plan.samples)
+    def run(self) -> Handled:
+        manifest = write_shard(self.corpus, self.chunks, self.plan, self.output, self.version)
+        return Handled(len(self.plan.samples), manifest["rejected"])
 
     def after_crash(self, signal_number: int) -> None:
         raise RuntimeError(f"writing {self.name} ends with signal {signal_number}; is there enough memory?")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +22,15 @@ PATIENCE_SECONDS = 120.0
 """Age from which a claim of another participant is taken for that of a dead one."""
 
 POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Handled:
+    """What a task did; nothing, when another participant or an earlier run did it."""
+
+    items: int = 0
+    rejected: list[dict] = field(default_factory=list)
+    """Lines of the list of rejected samples."""
 
 
 class Task(Protocol):
@@ -34,8 +43,8 @@ class Task(Protocol):
     def done(self) -> bool:
         """Whether the result is on disk."""
 
-    def run(self) -> int:
-        """Do it; return how many items were handled."""
+    def run(self) -> Handled:
+        """Do it."""
 
     def after_crash(self, signal_number: int) -> None:
         """Note that running it killed its process, so that the next attempt avoids the cause.
@@ -95,14 +104,14 @@ def _claim(task: Task, share: Share) -> None:
         task.claim.touch()
 
 
-def run_tasks(tasks: Sequence[Task], share: Share, workers: int, on_done: Callable[[int], None]) -> None:
+def run_tasks(tasks: Sequence[Task], share: Share, workers: int, on_done: Callable[[Handled], None]) -> None:
     """Make sure that every task is done.
 
     Args:
         tasks: the same list for every participant.
         share: which tasks to begin with.
         workers: processes to use; 0 runs in this process, where a decoder that crashes ends the build.
-        on_done: called once per task with the number of items handled, 0 when another did it or it was done before.
+        on_done: called once per task.
     """
     queue = to_do(tasks, share)
     if workers == 0:
@@ -110,7 +119,7 @@ def run_tasks(tasks: Sequence[Task], share: Share, workers: int, on_done: Callab
             if task is None:
                 time.sleep(POLL_SECONDS)
             elif task.done():
-                on_done(0)
+                on_done(Handled())
             else:
                 _claim(task, share)
                 on_done(task.run())
@@ -124,7 +133,7 @@ def run_tasks(tasks: Sequence[Task], share: Share, workers: int, on_done: Callab
 
 
 def _run_in_pool(
-    queue: Iterator[Task | None], share: Share, workers: int, on_done: Callable[[int], None]
+    queue: Iterator[Task | None], share: Share, workers: int, on_done: Callable[[Handled], None]
 ) -> list[Task]:
     """Run until the queue is empty, or until a worker dies: then return the tasks that were under way."""
     running: dict[Future, Task] = {}
@@ -144,14 +153,14 @@ def _run_in_pool(
                         time.sleep(POLL_SECONDS)
                         break
                     if task.done():
-                        on_done(0)
+                        on_done(Handled())
                         continue
                     _claim(task, share)
                     running[pool.submit(task.run)] = task
                 for future in wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED).done:
-                    items = future.result()
+                    handled = future.result()
                     del running[future]
-                    on_done(items)
+                    on_done(handled)
             return []
         except BrokenProcessPool:
             return list(running.values())
@@ -174,7 +183,7 @@ def _start_worker() -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def _run_alone(task: Task) -> int:
+def _run_alone(task: Task) -> Handled:
     """Run a task in a process of its own, again after each crash, avoiding what crashed."""
     context = multiprocessing.get_context("spawn")
     while not task.done():
@@ -185,7 +194,7 @@ def _run_alone(task: Task) -> int:
             task.after_crash(-process.exitcode)
         elif process.exitcode:
             raise RuntimeError(f"{task} failed in a process of its own; the reason is printed above")
-    return 0
+    return Handled()
 
 
 def _run_and_exit(task: Task) -> None:

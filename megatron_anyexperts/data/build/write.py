@@ -18,6 +18,7 @@ from megatron_anyexperts.data.build.sample import DOCUMENT_KIND, Rejected, Sampl
 from megatron_anyexperts.data.build.scan import describe, load_scan, scan_path
 from megatron_anyexperts.data.build.sources.base import Chunk
 from megatron_anyexperts.data.build.transform import transform
+from megatron_anyexperts.data.build.unforeseen import foreseen, guarded
 
 
 def manifest_path(shard: Path) -> Path:
@@ -94,18 +95,20 @@ def write_shard(corpus: Corpus, chunks: Mapping[int, Chunk], plan: ShardPlan, ou
         with webdataset.TarWriter(hashing, encoder=False, mtime=0, user="", group="") as tar:
             for key, chunk, item, facts in _planned_items(corpus, chunks, plan, output / ".build", rejected):
                 try:
-                    item, facts = transform(item, facts, corpus.transform)
-                    tokens = counter.count(item, facts)
-                    check_tokens(tokens["text"], corpus.limits.max_tokens)
+                    with foreseen():
+                        item, facts = transform(item, facts, corpus.transform)
+                        tokens, measured = counter.count(item, facts), measures(item, facts)
+                        check_tokens(tokens["text"], corpus.limits.max_tokens)
+                        fields, media = document(item, facts)
+                        fields = json.dumps(fields, ensure_ascii=False).encode()
                 except Rejected as problem:
                     problem.origin = item.origin
                     rejected.append(describe(problem) | {"key": key})
                     continue
-                fields, media = document(item, facts)
-                tar.write({"__key__": key, "json": json.dumps(fields, ensure_ascii=False).encode(), **media})
+                tar.write({"__key__": key, "json": fields, **media})
                 samples += 1
                 totals["tokens"].update(tokens)
-                totals["measures"].update(measures(item, facts))
+                totals["measures"].update(measured)
                 totals["sources"][corpus.sources[chunk["source"]].label] += 1
                 totals["languages"][item.fields.get("language", "")] += 1
     if samples == 0:
@@ -146,7 +149,8 @@ def _planned_items(corpus: Corpus, chunks: Mapping[int, Chunk], plan: ShardPlan,
         facts = dict(zip(scan.accepted["position"].tolist(), scan.facts, strict=True))
         missing = dict(zip(plan.samples["position"][run].tolist(), run.tolist(), strict=True))
         wanted = frozenset(missing)
-        for position, item in source.read(chunks[number], wanted, corpus.limits.max_media_bytes):
+        items = source.read(chunks[number], wanted, corpus.limits.max_media_bytes)
+        for position, item in guarded(items, source.label):
             if position not in missing:
                 continue  # damage behind the planned items, which was counted by the scan
             key = keys[missing.pop(position)]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_anyexperts.data.build.workers import PATIENCE_SECONDS, Share, in_turn, run_tasks
+from megatron_anyexperts.data.build.workers import PATIENCE_SECONDS, Handled, Share, in_turn, run_tasks
 
 
 @settings(deadline=None)
@@ -37,11 +37,11 @@ class FileTask:
     def done(self) -> bool:
         return self.path.exists()
 
-    def run(self) -> int:
+    def run(self) -> Handled:
         if self.failure:
             raise ValueError(self.failure)
         self.path.touch()
-        return 1
+        return Handled(1)
 
     def after_crash(self, signal_number: int) -> None:
         raise RuntimeError(f"signal {signal_number}")
@@ -57,7 +57,7 @@ def test_what_another_has_claimed_is_left_to_it_until_the_claim_is_old(tmp_path,
     other = threading.Timer(3.0, tasks[3].path.touch)
     other.start()
     run_tasks(tasks, Share(0, 2), workers, done.append)
-    assert sorted(done) == [0, 1, 1, 1]
+    assert sorted(handled.items for handled in done) == [0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
