@@ -20,7 +20,6 @@ from pathlib import Path
 
 import yaml
 
-from megatron_anyexperts.data.build.files import atomic_file
 from megatron_anyexperts.data.build.mixture import (
     MixtureError,
     StagePlan,
@@ -32,6 +31,7 @@ from megatron_anyexperts.data.build.mixture import (
     warnings,
 )
 from megatron_anyexperts.data.build.summary import table
+from megatron_anyexperts.files import atomic_file
 
 
 def describe(plan: StagePlan, training: Training) -> str:

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from megatron_anyexperts.survival import runlog
+from megatron_anyexperts.survival.manifest import iteration_directory
 from megatron_anyexperts.survival.run import Run
 from megatron_anyexperts.training.step_stats import read_sample_log
 
@@ -76,9 +77,8 @@ def resume_on_one_rank(uninterrupted: Path, resumed: Path, shards: Path) -> None
     Raises:
         SystemExit: the samples differ.
     """
-    name = f"iter_{SAVED_AT:07d}"
-    shutil.copytree(uninterrupted / "checkpoints" / name, resumed / "checkpoints" / name)
-    (resumed / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(SAVED_AT))
+    source, target = Run(uninterrupted).checkpoints, Run(resumed).checkpoints
+    shutil.copytree(iteration_directory(source, SAVED_AT), iteration_directory(target, SAVED_AT))
     until = ["--exit-interval", str(RESUMED_UNTIL), "--eval-interval", "1000", "--save-interval", "1000"]
     train(f"resume at {SAVED_AT} on 1 rank, EP = 1", 1, resumed, shards, "--log-interval", "1", *until)
     before, after = read_sample_log(uninterrupted / "samples"), read_sample_log(resumed / "samples")

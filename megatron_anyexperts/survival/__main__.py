@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import bandwidth, layout, preflight, restarts, runlog, status
+from . import bandwidth, layout, manifest, preflight, restarts, runlog, status
 from .checkpoints import newest_sealed
 from .heartbeat import clear, last_stack
 from .run import Run
@@ -126,6 +126,16 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
+def vouch(args: argparse.Namespace) -> int:
+    """Give a checkpoint that lost its manifest a new one, from its files as they are; the caller vouches for them."""
+    try:
+        print(f"sealed: {manifest.seal(args.folder)}")
+    except (OSError, ValueError) as error:
+        print(f"seal: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def _choose(run: Run, nodes: list[str], bad: dict[str, str], least: int) -> int:
     for node, why in bad.items():
         print(f"preflight: {node} is not fit: {why}", file=sys.stderr)
@@ -158,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         return text.split()
 
     command("status", show)
+    command("seal", vouch, with_run=False).add_argument("folder", type=Path, help="an iter_NNNNNNN directory")
     started = command("begin", begin)
     started.add_argument("--job", default="")
     started.add_argument("--nodes", type=words, default=[])

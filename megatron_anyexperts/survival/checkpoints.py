@@ -1,47 +1,34 @@
-"""Which checkpoint to resume from, which to keep, and what to do when the disk is full."""
+"""Which checkpoint to resume from, and what becomes of those that are passed over."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_anyexperts.files import write_text
+
 from .manifest import (
+    RELEASE,
     TRACKER,
     is_sealed,
+    is_unfinished,
     iteration_directory,
-    payload_bytes,
     saved_iterations,
-    seal,
     sealed_iterations,
     verify,
-    write_durably,
 )
+from .retention import discard
 
-__all__ = [
-    "NoUsableCheckpoint",
-    "Room",
-    "Selection",
-    "discard",
-    "expendable",
-    "newest_sealed",
-    "prepare_resume",
-    "prune",
-    "repoint_tracker",
-    "room_for_save",
-    "seal",
-    "sealed_iterations",
-    "select_resume",
-    "verify",
-]
-
-_DOOMED = "deleting-"
-_DAMAGED = "damaged-"
+_SET_ASIDE = ("damaged-", "unsealed-")
 
 
 class NoUsableCheckpoint(RuntimeError):
-    """Checkpoints were completed, and every one of them is damaged now."""
+    """Checkpoints were completed, and none of them can be vouched for now."""
+
+
+class NotSaved(RuntimeError):
+    """The last steps of a run are in no checkpoint, because saving failed."""
 
 
 @dataclass(frozen=True)
@@ -56,62 +43,95 @@ class Selection:
         return "; ".join([chosen, *(f"iteration {iteration} skipped: {why}" for iteration, why in self.skipped)])
 
 
-@dataclass(frozen=True)
-class Room:
-    """Free space against what the next save needs, in bytes."""
-
-    free: int
-    needed: int
-
-    @property
-    def enough(self) -> bool:
-        return self.free >= self.needed
+def select(iterations: Iterable[int], examine: Callable[[int], list[str]]) -> Selection:
+    """The newest of some checkpoints in which `examine` finds no problem."""
+    skipped = []
+    for iteration in sorted(iterations, reverse=True):
+        problems = examine(iteration)
+        if not problems:
+            return Selection(iteration, tuple(skipped))
+        skipped.append((iteration, problems[0]))
+    return Selection(None, tuple(skipped))
 
 
 def select_resume(save_dir: Path, hashes: bool = True) -> Selection:
     """The newest checkpoint that verifies; changes nothing.
 
     Raises:
-        NoUsableCheckpoint: some were sealed and none verifies. Starting from scratch would then throw a run away.
+        NoUsableCheckpoint: some were complete once and none verifies. Starting from scratch would throw a run away.
     """
-    skipped = []
-    for iteration in reversed(saved_iterations(save_dir)):
-        problems = verify(iteration_directory(save_dir, iteration), hashes)
-        if not problems:
-            return Selection(iteration, tuple(skipped))
-        skipped.append((iteration, problems[0]))
-    if sealed_iterations(save_dir):
+    selection = select(
+        saved_iterations(save_dir), lambda iteration: verify(iteration_directory(save_dir, iteration), hashes)
+    )
+    refuse_total_loss(save_dir, selection)
+    return selection
+
+
+def refuse_total_loss(save_dir: Path, selection: Selection) -> None:
+    """Raise `NoUsableCheckpoint` when nothing was selected although a save did finish once."""
+    finished = [i for i, _ in selection.skipped if not is_unfinished(iteration_directory(save_dir, i))]
+    if selection.iteration is None and finished:
         raise NoUsableCheckpoint(
-            f"no checkpoint in {save_dir} is intact ({Selection(None, tuple(skipped))}); restore one from a backup, "
-            "or move them away to start from scratch"
+            f"no checkpoint in {save_dir} is intact ({selection}); restore one from a backup, or move them away to "
+            "start from scratch; one that lost nothing but its manifest gets a new one by "
+            f"`python -m megatron_anyexperts.survival seal {iteration_directory(save_dir, finished[0])}`"
         )
-    return Selection(None, tuple(skipped))
 
 
 def prepare_resume(save_dir: Path, hashes: bool = True) -> Selection:
-    """Make Megatron load the newest checkpoint that verifies.
-
-    Newer ones are moved out of its way: a save that never finished is deleted, a damaged one is renamed to
-    `damaged-iter_NNNNNNN` for inspection. The tracker file then names the chosen one, or is removed when there is none.
-    Call it in one process, before any rank loads.
+    """Make Megatron load the newest checkpoint that verifies; see `carry_out`. Call it in one process.
 
     Raises:
         NoUsableCheckpoint: see `select_resume`.
     """
-    selection = select_resume(save_dir, hashes)
-    for iteration, _ in selection.skipped:
-        directory = iteration_directory(save_dir, iteration)
-        if is_sealed(directory):
-            target = directory.with_name(_DAMAGED + directory.name)
-            shutil.rmtree(target, ignore_errors=True)
-            directory.rename(target)
-        else:
-            discard(directory)
-    if selection.iteration is None:
-        (save_dir / TRACKER).unlink(missing_ok=True)
-    else:
+    return carry_out(save_dir, select_resume(save_dir, hashes))
+
+
+def carry_out(save_dir: Path, selection: Selection) -> Selection:
+    """Move what was passed over out of Megatron's way, and let the tracker name the selected checkpoint, if any.
+
+    Only a save that never finished is deleted. A damaged checkpoint becomes `damaged-iter_NNNNNNN`, one that lost its
+    manifest `unsealed-iter_NNNNNNN`. Call it in one process, before any rank loads.
+
+    Returns:
+        the selection with what became of each skipped checkpoint.
+
+    Raises:
+        NoUsableCheckpoint: see `select_resume`.
+    """
+    refuse_total_loss(save_dir, selection)
+    skipped = tuple((i, f"{why}; {_out_of_the_way(iteration_directory(save_dir, i))}") for i, why in selection.skipped)
+    if selection.iteration is not None:
         repoint_tracker(save_dir, selection.iteration)
-    return selection
+    elif not holds_release(save_dir):
+        (save_dir / TRACKER).unlink(missing_ok=True)
+    return Selection(selection.iteration, skipped)
+
+
+def _out_of_the_way(directory: Path) -> str:
+    if is_unfinished(directory):
+        discard(directory)
+        return "deleted"
+    prefix = _SET_ASIDE[0] if is_sealed(directory) else _SET_ASIDE[1]
+    target, number = directory.with_name(prefix + directory.name), 0
+    while target.exists():
+        number += 1
+        target = directory.with_name(f"{prefix}{directory.name}.{number}")
+    directory.rename(target)
+    return f"set aside as {target.name}"
+
+
+def set_aside(save_dir: Path) -> list[str]:
+    """Names of the directories that hold checkpoints no run resumes from any more; theirs to delete who looked."""
+    return sorted(path.name for prefix in _SET_ASIDE for path in save_dir.glob(f"{prefix}*"))
+
+
+def holds_release(save_dir: Path) -> bool:
+    """Whether the tracker names converted or upcycled weights, which are no iteration and for which others vouch."""
+    try:
+        return (save_dir / TRACKER).read_text(encoding="utf-8").strip() == RELEASE
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False
 
 
 def repoint_tracker(save_dir: Path, iteration: int) -> None:
@@ -123,62 +143,9 @@ def repoint_tracker(save_dir: Path, iteration: int) -> None:
     directory = iteration_directory(save_dir, iteration)
     if not is_sealed(directory):
         raise FileNotFoundError(f"{directory} is not sealed; seal it before the tracker may name it")
-    write_durably(save_dir / TRACKER, str(iteration))
+    write_text(save_dir / TRACKER, str(iteration))
 
 
 def newest_sealed(save_dir: Path) -> int | None:
     """The newest sealed iteration, found without reading any checkpoint; None when there is none."""
     return max(sealed_iterations(save_dir), default=None)
-
-
-def expendable(iterations: Iterable[int], keep_last: int, keep_every: int = 0) -> list[int]:
-    """Which checkpoints retention gives up.
-
-    Args:
-        iterations: those that exist, in any order.
-        keep_last: how many of the newest stay; at least 1.
-        keep_every: iterations that are multiples of this stay for good; 0 keeps none for that reason.
-
-    Raises:
-        ValueError: keep_last < 1 or keep_every < 0.
-    """
-    if keep_last < 1 or keep_every < 0:
-        raise ValueError(f"keep_last={keep_last}, keep_every={keep_every}; use keep_last >= 1 and keep_every >= 0")
-    older = sorted(iterations)[:-keep_last]
-    return [iteration for iteration in older if not keep_every or iteration % keep_every]
-
-
-def prune(save_dir: Path, keep_last: int, keep_every: int = 0, protect: Collection[int] = ()) -> list[int]:
-    """Delete checkpoints by the rule of `expendable`; only sealed ones count, and unsealed ones are left alone.
-
-    Args:
-        save_dir: directory of the `iter_NNNNNNN` directories.
-        keep_last: see `expendable`.
-        keep_every: see `expendable`.
-        protect: iterations never to delete, such as the one a run was resumed from.
-
-    Returns:
-        the iterations deleted.
-    """
-    for leftover in save_dir.glob(_DOOMED + "*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    doomed = [each for each in expendable(sealed_iterations(save_dir), keep_last, keep_every) if each not in protect]
-    for iteration in doomed:
-        discard(iteration_directory(save_dir, iteration))
-    return doomed
-
-
-def discard(checkpoint_dir: Path) -> None:
-    """Delete a checkpoint. It is renamed first, so that one deleted halfway is never taken for a checkpoint."""
-    if checkpoint_dir.is_dir():
-        doomed = checkpoint_dir.with_name(_DOOMED + checkpoint_dir.name)
-        shutil.rmtree(doomed, ignore_errors=True)
-        checkpoint_dir.rename(doomed)
-        shutil.rmtree(doomed)
-
-
-def room_for_save(save_dir: Path, margin: float = 1.1) -> Room:
-    """Free space against the size of the newest sealed checkpoint times `margin`; 0 needed before the first."""
-    newest = newest_sealed(save_dir)
-    size = 0 if newest is None else payload_bytes(iteration_directory(save_dir, newest))
-    return Room(free=shutil.disk_usage(save_dir).free, needed=int(size * margin))

@@ -6,6 +6,7 @@ need not agree.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from .lost_writes import LostWrites
 from .run import Run, rank_file
 
 STACK_SIGNAL = signal.SIGUSR2
@@ -30,6 +32,7 @@ class Heartbeat:
     def __init__(self, path: Path, rank: int):
         self._path, self._rank = path, rank
         self._phase, self._written = "", 0.0
+        self._losses = LostWrites(f"heartbeat of rank {rank}")
 
     def beat(self, iteration: int, phase: str = "train") -> None:
         """Say that this rank lives.
@@ -55,7 +58,9 @@ class Heartbeat:
             self._path.write_text(json.dumps(record), encoding="utf-8")
         except OSError as error:
             # A full disk must not end a run that could train on; the watchdog then judges by the last beat.
-            print(f"heartbeat of rank {self._rank} not written: {error}", file=sys.stderr)
+            self._losses.lost(error)
+        else:
+            self._losses.wrote()
 
 
 @dataclass(frozen=True)
@@ -75,16 +80,22 @@ def start_heartbeat(run: Run, rank: int) -> Heartbeat:
     From now on an uncaught exception, a fatal signal (such as a segmentation fault) and `STACK_SIGNAL` each write the
     stacks of all threads to `RUN/logs/stacks/rankNNNN.txt`. Call it first thing in a rank.
     """
-    run.create()
     path = rank_file(run.stacks, rank, "txt")
-    # Unbuffered and kept open: faulthandler writes to the descriptor from inside a signal handler.
-    stacks = path.open("wb", buffering=0)
+    try:
+        run.create()
+        # Unbuffered and kept open: faulthandler writes to the descriptor from inside a signal handler.
+        stacks = path.open("wb", buffering=0)
+    except OSError as error:
+        # A full disk must not keep a run from training; the stacks then go where the other errors go.
+        print(f"WARNING: stacks of rank {rank} go to standard error, {path} cannot be opened: {error}", file=sys.stderr)
+        stacks = os.fdopen(os.dup(2), "wb", buffering=0)
     faulthandler.enable(stacks, all_threads=True)
     faulthandler.register(STACK_SIGNAL, stacks, all_threads=True, chain=False)
     previous = sys.excepthook
 
     def record_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        stacks.write("".join(traceback.format_exception(kind, error, trace)).encode())
+        with contextlib.suppress(OSError):  # a full disk must not hide the exception from the console
+            stacks.write("".join(traceback.format_exception(kind, error, trace)).encode())
         previous(kind, error, trace)
 
     sys.excepthook = record_exception

@@ -8,9 +8,19 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory: `RUN/{checkpoints,tensorboard,logs,samples}` and what lies below `logs`."""
+    """One run directory: `RUN/{config.yaml,lock,checkpoints,tensorboard,logs,samples}` and what lies below `logs`."""
 
     root: Path
+
+    @property
+    def config(self) -> Path:
+        """Flags of the newest start, with the versions that carried them out."""
+        return self.root / "config.yaml"
+
+    @property
+    def lock(self) -> Path:
+        """Who trains here now."""
+        return self.root / "lock"
 
     @property
     def checkpoints(self) -> Path:

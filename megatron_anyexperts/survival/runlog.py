@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .lost_writes import LostWrites
 from .run import Run
+
+_LOSSES: dict[Path, LostWrites] = {}
 
 
 def append_event(run: Run, event: str, **fields: Any) -> None:
@@ -19,9 +22,10 @@ def append_event(run: Run, event: str, **fields: Any) -> None:
     Args:
         run: the run it happened to.
         event: a single word. The launcher writes "attempt", "preflight", "hang", "exit" and "stop"; training writes
-            "start", "saved", "save_failed", "fallback", "exit", "crash" and "finished".
+            "start", "saved", "save_failed", "not_saved", "room", "config", "lock", "fallback", "exit", "crash" and
+            "finished".
     """
-    _append(run.events, {"time": round(time.time(), 3), "event": event} | fields)
+    append(run.events, {"time": round(time.time(), 3), "event": event} | fields)
 
 
 def append_metrics(run: Run, iteration: int, **figures: Any) -> None:
@@ -33,7 +37,7 @@ def append_metrics(run: Run, iteration: int, **figures: Any) -> None:
         figures: `loss`, `tokens_per_s`, `consumed_samples`, `train_iters`, `load_max_over_mean`,
             `data_wait_share` (0 to 1), `loss_text` and so on; floats or ints.
     """
-    _append(run.metrics, {"iteration": iteration, "time": round(time.time(), 3)} | figures)
+    append(run.metrics, {"iteration": iteration, "time": round(time.time(), 3)} | figures)
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -61,12 +65,15 @@ def read_metrics(run: Run) -> list[dict[str, Any]]:
     return [latest[iteration] for iteration in sorted(latest)]
 
 
-def _append(path: Path, record: dict[str, Any]) -> None:
-    """Add one line; a full disk loses the line, not the run."""
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add one line to any log of this kind; a full disk loses the line, counted and said, not the run."""
+    losses = _LOSSES.setdefault(path, LostWrites(str(path)))
     try:
         _write_line(path, record)
     except OSError as error:
-        print(f"WARNING: not logged to {path}: {error}", file=sys.stderr)
+        losses.lost(error)
+    else:
+        losses.wrote()
 
 
 def _write_line(path: Path, record: dict[str, Any]) -> None:
@@ -79,6 +86,8 @@ def _write_line(path: Path, record: dict[str, Any]) -> None:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
             line = "\n" + line
-        os.write(descriptor, line.encode())
+        data = line.encode()
+        if os.write(descriptor, data) < len(data):  # what is there is a torn line, which readers leave out
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(descriptor)

@@ -7,12 +7,16 @@ import time
 from typing import Any
 
 from . import runlog
-from .checkpoints import newest_sealed
+from .checkpoints import newest_sealed, set_aside
 from .heartbeat import Beat, read_beats
 from .manifest import MANIFEST, iteration_directory
 from .run import Run
 
 _SILENT_S = 600
+_NOTED = (
+    *("exit", "hang", "crash", "fallback", "save_failed", "not_saved"),
+    *("room", "lock", "config", "preflight", "stop"),
+)
 
 
 def screen(run: Run, now: float | None = None) -> str:
@@ -107,10 +111,11 @@ def _expected_end(metrics: list[dict[str, Any]], now: float) -> str:
 
 def _checkpoint(run: Run, now: float) -> str:
     iteration = newest_sealed(run.checkpoints)
+    aside = "".join(f"; set aside: {name}" for name in set_aside(run.checkpoints))
     if iteration is None:
-        return "none yet"
+        return f"none yet{aside}"
     written = (iteration_directory(run.checkpoints, iteration) / MANIFEST).stat().st_mtime
-    return f"iteration {iteration:,}, {_ago(now - written)}"
+    return f"iteration {iteration:,}, {_ago(now - written)}{aside}"
 
 
 def _load(last: dict[str, Any]) -> str:
@@ -125,7 +130,7 @@ def _restarts(events: list[dict[str, Any]], now: float, shown: int = 5) -> list[
     notes = [
         event
         for event in events
-        if event.get("event") in ("exit", "hang", "crash", "fallback", "save_failed", "preflight", "stop")
+        if event.get("event") in _NOTED
         and (event.get("reason") or event.get("summary"))
     ]
     lines = [f"{'restarts':<13} {max(0, len(starts) - 1)}"]

@@ -158,5 +158,8 @@ def parse(cli: list[str], defaults: Mapping[str, Any] | None = None) -> argparse
     apply_run_dir(args)
     _refuse(args)
     validate_args(args, dict(defaults or {}))
+    # Megatron would open TensorBoard's own writer here, for tools as well; see `curves`.
+    folder, args.tensorboard_dir = args.tensorboard_dir, None
     set_global_variables(args)
+    args.tensorboard_dir = folder
     return args

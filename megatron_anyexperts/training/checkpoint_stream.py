@@ -26,10 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_anyexperts.survival.manifest import RELEASE, TRACKER, iteration_directory
 from megatron_anyexperts.training.arguments import UsageError
-
-RELEASE = "release"
-"""Megatron's name for weights without a training state; a run that loads them starts at iteration 0."""
 
 _COMMON = ShardedObject("common_state", None, (1,), (0,)).unique_key
 """Where Megatron-Core 0.19 keeps what is not a tensor."""
@@ -127,7 +125,7 @@ def write_release(folder: Path, chunks: Iterable[Chunk], pattern: str, hidden: i
     Raises:
         UsageError: there is a checkpoint already.
     """
-    tracker = folder / "latest_checkpointed_iteration.txt"
+    tracker = folder / TRACKER
     if tracker.exists() or (folder / RELEASE).exists():
         raise UsageError(f"{folder} holds a checkpoint already; name a new directory with --save")
     target = folder / RELEASE
@@ -172,12 +170,12 @@ class CheckpointReader:
     """
 
     def __init__(self, folder: Path):
-        tracker = folder / "latest_checkpointed_iteration.txt"
+        tracker = folder / TRACKER
         try:
             newest = tracker.read_text().strip()
         except OSError as error:
             raise UsageError(f"no checkpoint in {folder}: {tracker.name} cannot be read") from error
-        path = folder / (newest if newest == RELEASE else f"iter_{int(newest):07d}")
+        path = folder / RELEASE if newest == RELEASE else iteration_directory(folder, int(newest))
         if not (path / ".metadata").exists():
             raise UsageError(f"{path} is no torch_dist checkpoint; save with --ckpt-format torch_dist")
         self._reader = dcp.FileSystemReader(path)

@@ -7,6 +7,7 @@ two methods below in their place. They call the originals.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,58 +21,20 @@ from megatron.training import training as megatron_training
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_anyexperts.survival import checkpoints as files
-from megatron_anyexperts.survival import runlog
+from megatron_anyexperts.survival import retention, runlog
+from megatron_anyexperts.survival.checkpoints import NotSaved
 from megatron_anyexperts.survival.heartbeat import Heartbeat
-from megatron_anyexperts.survival.manifest import TRACKER, digest, iteration_directory, payload_files
+from megatron_anyexperts.survival.lock import RunLock
+from megatron_anyexperts.survival.manifest import TRACKER, begin_save, file_sizes, iteration_directory, seal
 from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.training import resume
+from megatron_anyexperts.training.resume import CheckpointError
+from megatron_anyexperts.training.together import attempt, on_rank_0, problem_of, shared_digest, tried_on_rank_0
 
 DATA_STATE = "data_state.pt"
 _UNVERIFIED_TRACKER = "latest_unverified_iteration.txt"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be loaded into this run; the message says why and what to do."""
-
-
-def _agreed(value: Any) -> Any:
-    """Return rank 0's value on every rank."""
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _on_rank_0(call: Callable[[], Any]) -> Any:
-    """Run `call` on rank 0 only and return its result, or raise its error, on every rank."""
-    result, error = None, None
-    if torch.distributed.get_rank() == 0:
-        try:
-            result = call()
-        except Exception as raised:  # handed to every rank below, so that none waits for another
-            error = raised
-    result, error = _agreed((result, error))
-    if error is not None:
-        raise error
-    return result
-
-
-def _tried(call: Callable[[], Any]) -> tuple[Any, str]:
-    """Return the result of `call` and "", or None and its problem."""
-    try:
-        return call(), ""
-    except (Exception, CheckpointException) as error:  # torch's is no Exception but a BaseException
-        return None, f"{type(error).__name__}: {error}"
-
-
-def _attempt(call: Callable[[], Any]) -> str:
-    """Run `call` on every rank; return the first rank's problem on every rank, or "" when there was none."""
-    problems: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(problems, _tried(call)[1])
-    return next(filter(None, problems), "")
-
-
-def _attempt_on_rank_0(call: Callable[[], Any]) -> tuple[Any, str]:
-    """Run `call` on rank 0 only; return on every rank its result, or None, and its problem, or ""."""
-    return _on_rank_0(lambda: _tried(call))
+_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "PytorchStreamWriter failed")
+"""How errors of a full disk read; torch's writer knows no error number."""
 
 
 class Checkpoints:
@@ -81,14 +44,28 @@ class Checkpoints:
         run: where events are logged; None logs none.
         keep_last: newest checkpoints that stay; 0 keeps all.
         keep_every: multiples of this iteration stay for good; 0 for no such exception.
+        max_failed: failed saves in a row that end the run; 0 for no limit.
         heartbeat: told of saves, which may take much longer than a step.
+        lock: rank 0's hold on the run, without which nothing is written any more.
     """
 
-    def __init__(self, run: Run | None, keep_last: int, keep_every: int, heartbeat: Heartbeat | None = None):
+    def __init__(
+        self,
+        run: Run | None,
+        keep_last: int,
+        keep_every: int,
+        max_failed: int = 0,
+        heartbeat: Heartbeat | None = None,
+        lock: RunLock | None = None,
+    ):
         self.run = run
         self.heartbeat = heartbeat
+        self.lock = lock
         self.keep_last = keep_last
         self.keep_every = keep_every
+        self.max_failed = max_failed
+        self.failures: list[str] = []
+        """Reasons of the failed saves since the last good one, the same on every rank."""
         self.train_loader: Any = None
         self._save = megatron_training.save_checkpoint
         self._load = megatron_training.load_checkpoint
@@ -102,33 +79,85 @@ class Checkpoints:
         if self.run is not None and torch.distributed.get_rank() == 0:
             runlog.append_event(self.run, event, **fields)
 
+    def _beat(self, iteration: int, phase: str) -> Callable[[], None]:
+        def beat() -> None:
+            if self.heartbeat is not None:
+                self.heartbeat.beat(iteration, phase)
+
+        beat()
+        return beat
+
     def save(self, iteration: int, *arguments: Any, **keywords: Any) -> None:
         """Save like Megatron; the tracker moves to the new checkpoint only after it was hashed and sealed.
 
-        A save that fails (a full disk, a file system that errs for a moment) is removed and logged; older checkpoints
-        and the run are not touched.
+        A save that fails (a full disk, a file system that errs for a moment) is removed and logged. The newest sound
+        checkpoint is never touched; older ones make room when the disk is full.
+
+        Raises:
+            NotSaved: as many saves in a row failed as the run allows, or another training took the run over.
         """
-        if self.heartbeat is not None:
-            self.heartbeat.beat(iteration, "save")
         args = get_args()
         save_dir = Path(args.save)
         folder = iteration_directory(save_dir, iteration)
-        room, problem = _attempt_on_rank_0(lambda: self._make_room(save_dir))
-        if not problem and not room.enough:
-            problem = f"{room.free} bytes free, about {room.needed} needed"
-        problem = problem or _attempt(lambda: self._save_data_state(folder))
-        if not problem:
+        beat = self._beat(iteration, "save")
+
+        def write() -> None:
             restore = self._divert(args, save_dir, iteration)
-            problem = _attempt(lambda: self._save(iteration, *arguments, **keywords))
-            restore()
+            try:
+                self._save(iteration, *arguments, **keywords)
+            finally:
+                restore()
+
+        problem = self._make_room(save_dir, iteration) or self._write(folder, write)
+        if any(sign in problem for sign in _FULL) and self._give_up_older(save_dir, folder, iteration):
+            problem = self._write(folder, write)
         if problem:
             self._failed(folder, iteration, problem)
         elif not args.async_save:
-            self._seal(save_dir, iteration)
+            self._seal(save_dir, iteration, beat)
 
-    def _make_room(self, save_dir: Path) -> files.Room:
-        save_dir.mkdir(parents=True, exist_ok=True)
-        return files.room_for_save(save_dir)
+    def _make_room(self, save_dir: Path, iteration: int) -> str:
+        """Return why there is too little room for a save, or ""."""
+
+        def look() -> retention.Room:
+            if self.lock is not None and not self.lock.held():
+                raise NotSaved(f"another training took {self.lock.run.root} over; this one stops without saving")
+            save_dir.mkdir(parents=True, exist_ok=True)
+            return retention.make_room(save_dir, self.keep_every)
+
+        room, error = tried_on_rank_0(look)
+        if isinstance(error, NotSaved):
+            raise error
+        if error is not None:
+            return problem_of(error)
+        self._log_room(iteration, room.deleted)
+        if room.enough:
+            return ""
+        aside = on_rank_0(lambda: files.set_aside(save_dir))
+        hint = f"; {', '.join(aside)} may be deleted by hand" if aside else ""
+        return f"{room.free} bytes free, about {room.needed} needed{hint}"
+
+    def _give_up_older(self, save_dir: Path, folder: Path, iteration: int) -> bool:
+        """Delete what a full disk left of a save, and all checkpoints but the newest; say whether that freed any."""
+
+        def give_up() -> list[int]:
+            retention.discard(folder)
+            return retention.give_up_older(save_dir, self.keep_every)
+
+        deleted, _ = tried_on_rank_0(give_up)
+        self._log_room(iteration, deleted)
+        return bool(deleted)
+
+    def _log_room(self, iteration: int, deleted: Any) -> None:
+        if deleted:
+            listed = ", ".join(map(str, deleted))
+            print_rank_0(f"WARNING: checkpoints of iterations {listed} deleted to make room for that of {iteration}")
+            self._log("room", iteration=iteration, reason=f"deleted the checkpoints of iterations {listed}")
+
+    def _write(self, folder: Path, write: Callable[[], None]) -> str:
+        """Have all ranks write their parts of a checkpoint; return the first problem, or ""."""
+        _, error = tried_on_rank_0(lambda: begin_save(folder))
+        return problem_of(error) or attempt(lambda: self._save_data_state(folder)) or attempt(write)
 
     def _divert(self, args: argparse.Namespace, save_dir: Path, iteration: int) -> Callable[[], None]:
         """Send Megatron's early tracker update elsewhere, and have an asynchronous save sealed when it is through."""
@@ -155,24 +184,16 @@ class Checkpoints:
             return
         state = self.train_loader.state_for_checkpoint(mpu.get_data_parallel_group())
         if mpu.get_data_parallel_rank() == 0 and mpu.is_pipeline_first_stage(ignore_virtual=True):
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(state, folder / DATA_STATE)
+            torch.save({**state, "iteration": int(folder.name.removeprefix("iter_"))}, folder / DATA_STATE)
 
-    def _seal(self, save_dir: Path, iteration: int) -> None:
+    def _seal(self, save_dir: Path, iteration: int, beat: Callable[[], None] = lambda: None) -> None:
         """Hash the files on all ranks, seal, move the tracker, delete what retention gives up."""
         folder = iteration_directory(save_dir, iteration)
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        names, problem = _attempt_on_rank_0(lambda: payload_files(folder))
-        mine: dict[str, Any] = {}
-        problem = problem or _attempt(lambda: mine.update(digest(folder, names[rank::world])))
-        if problem:
-            self._failed(folder, iteration, problem)
-            return
-        parts: list[Any] = [None] * world
-        torch.distributed.all_gather_object(parts, mine)
+        sizes, error = tried_on_rank_0(lambda: file_sizes(folder), beat)
+        digests, problem = ({}, problem_of(error)) if error else shared_digest(folder, sizes, beat)
 
         def finish() -> None:
-            files.seal(folder, {name: entry for part in parts for name, entry in part.items()})
+            seal(folder, digests)
             try:
                 files.repoint_tracker(save_dir, iteration)
             except OSError:
@@ -183,42 +204,57 @@ class Checkpoints:
         def clean_up() -> None:
             (save_dir / _UNVERIFIED_TRACKER).unlink(missing_ok=True)
             if self.keep_last:
-                files.prune(save_dir, self.keep_last, self.keep_every)
+                retention.prune(save_dir, self.keep_last, self.keep_every)
 
-        _, problem = _attempt_on_rank_0(finish)
+        problem = problem or problem_of(tried_on_rank_0(finish, beat)[1])
         if problem:
             self._failed(folder, iteration, problem)
             return
+        self.failures.clear()
         self._log("saved", iteration=iteration)
-        _, problem = _attempt_on_rank_0(clean_up)
-        if problem:
-            print_rank_0(f"WARNING: older checkpoints not deleted: {problem}; the next save tries again")
+        _, error = tried_on_rank_0(clean_up, beat)
+        if error is not None:
+            print_rank_0(f"WARNING: older checkpoints not deleted: {problem_of(error)}; the next save tries again")
 
     def _failed(self, folder: Path, iteration: int, reason: str) -> None:
-        _, problem = _attempt_on_rank_0(lambda: files.discard(folder))
-        if problem:
-            reason += f"; what it wrote is not deleted: {problem}"
-        print_rank_0(f"WARNING: checkpoint of iteration {iteration} not saved: {reason}; older ones are untouched")
+        _, error = tried_on_rank_0(lambda: retention.discard(folder))
+        if error is not None:
+            reason += f"; what it wrote is not deleted: {problem_of(error)}"
+        print_rank_0(f"WARNING: checkpoint of iteration {iteration} not saved: {reason}; the newest one is untouched")
         self._log("save_failed", iteration=iteration, reason=reason)
+        self.failures.append(reason)
+        if self.max_failed and len(self.failures) >= self.max_failed:
+            raise NotSaved(f"--max-failed-saves {self.max_failed}: that many failed in a row, the last one: {reason}")
+
+    def refuse_unsaved(self, iteration: int) -> None:
+        """Raise `NotSaved` when the run is over and its last save failed."""
+        if self.failures:
+            raise NotSaved(f"iteration {iteration} is in no checkpoint, because saving failed: {self.failures[-1]}")
 
     def load(self, model: Any, optimizer: Any, scheduler: Any, *arguments: Any, **keywords: Any) -> tuple[int, Any]:
-        """Load like Megatron, from the newest checkpoint that verifies.
+        """Load like Megatron: the run's own newest checkpoint that verifies, else what the command names.
 
         Raises:
             CheckpointError: the checkpoint does not fit the model or the settings.
             NoUsableCheckpoint: every checkpoint of the run is damaged.
         """
         args = get_args()
-        if args.load and args.load == args.save:
-            selection = _on_rank_0(lambda: self._choose(Path(args.load)))
-            if selection.skipped:
-                print_rank_0(f"WARNING: {selection}")
-                self._log("fallback", iteration=selection.iteration, reason=str(selection))
+        beat = self._beat(0, "start")
+        own = resume.select_own(Path(args.save), beat) if args.save else files.Selection(None, ())
+        if own.skipped:
+            print_rank_0(f"WARNING: {own}")
+            self._log("fallback", iteration=own.iteration, reason=str(own))
+        if own.iteration is None:
+            resume.check_elsewhere(args, beat)
+        else:
+            for note in resume.go_on(args, own.iteration):
+                print_rank_0(f"note: {note}; the run goes on after its own iteration {own.iteration}")
+            resume.refuse_lost_optimizer(args, own.iteration)
         source = args.load
         if args.pretrained_checkpoint and not megatron_checkpointing.checkpoint_exists(args.load):
             source = args.pretrained_checkpoint  # as Megatron chooses
         try:
-            return self._load(model, optimizer, scheduler, *arguments, **keywords)
+            loaded = self._load(model, optimizer, scheduler, *arguments, **keywords)
         except (Exception, CheckpointException) as error:
             # Of torch's errors of all ranks, and of a mismatch in every tensor, the last line names the first cause.
             # Many of Megatron's assertions say nothing; then their kind has to do.
@@ -227,12 +263,9 @@ class Checkpoints:
                 f"the checkpoint in {source} does not fit this run: {reason}; "
                 "use the model settings it was saved with, or another --run-dir (or --load) for a new model"
             ) from error
-
-    @staticmethod
-    def _choose(load_dir: Path) -> files.Selection:
-        if not files.sealed_iterations(load_dir) and (load_dir / "latest_checkpointed_iteration.txt").exists():
-            return files.Selection(None, ())  # saved or converted by other tools: theirs to vouch for
-        return files.prepare_resume(load_dir)
+        if own.iteration not in (None, loaded[0]):
+            raise CheckpointError(f"{source}: the directory of iteration {own.iteration} holds iteration {loaded[0]}")
+        return loaded
 
     def restore_data(self, loader: Any) -> None:
         """Put the training loader where the loaded checkpoint left the data; a fresh run starts at the beginning.
@@ -247,7 +280,10 @@ class Checkpoints:
         path = iteration_directory(Path(args.load), args.iteration) / DATA_STATE
         if not path.exists():
             raise CheckpointError(f"{path} is missing: samples would repeat; use --finetune to start the data anew")
+        state = torch.load(path, weights_only=True)
+        if state.get("iteration", args.iteration) != args.iteration:
+            raise CheckpointError(f"{path} is of iteration {state['iteration']}, the weights are of {args.iteration}")
         try:
-            loader.restore(torch.load(path, weights_only=True))
+            loader.restore(state)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error

@@ -25,17 +25,23 @@ class RunConfig:
     keep_every_checkpoint: int = 0
     """Checkpoints whose iteration is a multiple of this are never deleted. 0: no such exception."""
 
+    max_failed_saves: int = 3
+    """Failed saves in a row after which the run stops (exit code 3) instead of training on without a checkpoint. 0
+    trains on however many fail."""
+
     def __post_init__(self):
-        for name in ("keep_last_checkpoints", "keep_every_checkpoint"):
+        for name in ("keep_last_checkpoints", "keep_every_checkpoint", "max_failed_saves"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} is negative; use 0 or more")
 
 
 def apply_run_dir(args: argparse.Namespace) -> None:
-    """Derive Megatron's directories from ``--run-dir`` where the user did not give them."""
-    if args.run_dir is None:
-        return
-    run = Run(Path(args.run_dir))
-    args.save = args.save or str(run.checkpoints)
+    """Derive Megatron's directories from ``--run-dir`` where the user did not give them.
+
+    What is saved is also what a later start goes on from, with a run directory or without.
+    """
+    if args.run_dir is not None:
+        run = Run(Path(args.run_dir))
+        args.save = args.save or str(run.checkpoints)
+        args.tensorboard_dir = args.tensorboard_dir or str(run.tensorboard)
     args.load = args.load or args.save
-    args.tensorboard_dir = args.tensorboard_dir or str(run.tensorboard)

@@ -18,7 +18,10 @@ import torch
 from megatron_anyexperts.platform import cpu
 from megatron_anyexperts.survival import heartbeat as heartbeats
 from megatron_anyexperts.survival import runlog
-from megatron_anyexperts.survival.checkpoints import NoUsableCheckpoint
+from megatron_anyexperts.survival.checkpoints import NotSaved, NoUsableCheckpoint
+from megatron_anyexperts.survival.exit_codes import ExitCode
+from megatron_anyexperts.survival.lock import RunInUse, RunLock
+from megatron_anyexperts.survival.lost_writes import tolerate_full_disk
 from megatron_anyexperts.survival.run import Run
 from megatron_anyexperts.survival.signals import live_with_parent
 from megatron_anyexperts.training.arguments import UsageError, parse
@@ -111,6 +114,7 @@ def pretrain(
 
     Raises:
         UsageError: the command line cannot be carried out.
+        NotSaved: the last steps are in no checkpoint.
     """
     cpu.bridge(training=True)
     try:
@@ -123,32 +127,56 @@ def pretrain(
         raise UsageError(str(error)) from error
     run = Run(Path(args.run_dir)).create() if args.run_dir else None
     first = args.rank == 0 and run is not None
-    if first:
-        restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        runlog.append_event(run, "start", world_size=args.world_size, restart=restart)
+    lock = _take(run) if first else None
+
+    def log(event: str, **fields: Any) -> None:
+        if first:
+            runlog.append_event(run, event, **fields)
+
+    log("start", world_size=args.world_size, restart=int(os.environ.get("SLURM_RESTART_COUNT", 0)))
     try:
-        _run_megatron(args, run, held_out(args) if held_out else None)
+        _run_megatron(args, run, lock, held_out(args) if held_out else None)
     except SystemExit as stop:
         # Megatron leaves its loop this way after a signal, a time limit or an exit interval, having saved.
-        if first:
-            runlog.append_event(run, "exit", iteration=args.curr_iteration, code=stop.code)
+        log("exit", iteration=args.curr_iteration, code=stop.code)
+        raise
+    except NotSaved as error:
+        log("not_saved", iteration=args.curr_iteration, reason=str(error))
         raise
     except Exception as error:
-        if first:
-            runlog.append_event(run, "crash", reason=f"{type(error).__name__}: {error}"[:500])
+        log("crash", reason=f"{type(error).__name__}: {error}"[:500])
         raise
-    if first:
-        runlog.append_event(run, "finished", iteration=args.train_iters)
+    else:
+        log("finished", iteration=args.train_iters)
+    finally:
+        if lock is not None:
+            lock.release()
 
 
-def _run_megatron(args: argparse.Namespace, run: Run | None, held_out: HeldOut | None) -> None:
+def _take(run: Run) -> RunLock:
+    """Hold the run directory against a second training.
+
+    Raises:
+        UsageError: another training holds it.
+    """
+    lock = RunLock(run)
+    try:
+        if said := lock.acquire():
+            print(f"WARNING: {said}", file=sys.stderr)
+            runlog.append_event(run, "lock", reason=said)
+    except RunInUse as error:
+        raise UsageError(str(error)) from error
+    return lock
+
+
+def _run_megatron(args: argparse.Namespace, run: Run | None, lock: RunLock | None, held_out: HeldOut | None) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.enums import ModelType
     from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
     from megatron.training import training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_anyexperts.training import learning_rates, upstream
+    from megatron_anyexperts.training import curves, learning_rates, upstream
     from megatron_anyexperts.training.checkpoints import Checkpoints
     from megatron_anyexperts.training.data import DataProvider
     from megatron_anyexperts.training.forward_step import ForwardStep
@@ -163,26 +191,35 @@ def _run_megatron(args: argparse.Namespace, run: Run | None, held_out: HeldOut |
     upstream.install()
     learning_rates.install()
     heartbeat = heartbeats.start_heartbeat(run, args.rank) if run else None
-    checkpoints = Checkpoints(run, args.keep_last_checkpoints, args.keep_every_checkpoint, heartbeat)
+    checkpoints = Checkpoints(
+        run, args.keep_last_checkpoints, args.keep_every_checkpoint, args.max_failed_saves, heartbeat, lock
+    )
     checkpoints.install()
+    curves.install(args)
     stats = StepStats()
     torch.cuda.set_device(args.local_rank)  # the tracker keeps tensors there; Megatron selects the device only later
     set_moe_metrics_tracker(TrainingMetrics(transformer_config(args), stats, run, heartbeat))
-    training.pretrain(
-        pretrain_cfg_container_from_args(args),
-        DataProvider(checkpoints, stats),
-        ModelType.encoder_or_decoder,
-        ForwardStep(stats),
-        model_provider=model_provider,
-        non_loss_data_func=held_out.measure if held_out else None,
-        process_non_loss_data_func=held_out.log if held_out else None,
-    )
+    try:
+        training.pretrain(
+            pretrain_cfg_container_from_args(args),
+            DataProvider(checkpoints, stats),
+            ModelType.encoder_or_decoder,
+            ForwardStep(stats),
+            model_provider=model_provider,
+            non_loss_data_func=held_out.measure if held_out else None,
+            process_non_loss_data_func=held_out.log if held_out else None,
+        )
+    except SystemExit:
+        checkpoints.refuse_unsaved(args.curr_iteration)
+        raise
+    checkpoints.refuse_unsaved(args.curr_iteration)
 
 
 def main(cli: list[str] | None = None, pretrain: Callable[[list[str]], None] = pretrain) -> int:
-    """Entry point of one rank; returns the exit code: 0 done, 2 wrong usage, 1 a failure that is explained."""
+    """Entry point of one rank; returns its `ExitCode`."""
     # Said once by the doctor command instead of by each rank at each import.
     warnings.filterwarnings("ignore", message=".*(Apex|[Tt]ransformer.[Ee]ngine).*")
+    tolerate_full_disk()
     from megatron_anyexperts.data.faults import DataFeedError
     from megatron_anyexperts.training.checkpoints import CheckpointError
 
@@ -191,11 +228,11 @@ def main(cli: list[str] | None = None, pretrain: Callable[[list[str]], None] = p
     except UsageError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (CheckpointError, DataFeedError, NoUsableCheckpoint) as error:
+        return ExitCode.USAGE
+    except (CheckpointError, DataFeedError, NoUsableCheckpoint, NotSaved) as error:
         print(f"error (rank {os.environ.get('RANK', '0')}): {error}", file=sys.stderr)
-        return 1
+        return ExitCode.NOT_SAVED if isinstance(error, NotSaved) else ExitCode.FAILED
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    return 0
+    return ExitCode.DONE

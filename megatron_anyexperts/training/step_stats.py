@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_anyexperts.files import atomic_file
 from megatron_anyexperts.moe.metrics import MODALITIES
+from megatron_anyexperts.survival import runlog
 
 
 def modality_sums(losses: torch.Tensor, loss_mask: torch.Tensor, sample_modality: torch.Tensor) -> torch.Tensor:
@@ -53,11 +55,7 @@ class SampleLog:
 
     def flush(self, iteration: int) -> None:
         """Write one line for the step that is over; a full disk loses the line, not the run."""
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"iteration": iteration, "keys": self._pending}) + "\n")
-        except OSError as error:
-            print(f"WARNING: sample keys of iteration {iteration} not written: {error}", file=sys.stderr)
+        runlog.append(self._path, {"iteration": iteration, "keys": self._pending})
         self._pending = []
 
 
@@ -117,23 +115,35 @@ def read_sample_log(folder: Path) -> dict[int, list[str]]:
     """Return the sample keys of each iteration over all ranks, sorted, so that runs of any layout compare equal."""
     steps: dict[int, list[str]] = {}
     for path in sorted(folder.glob("rank*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        for record in runlog.read(path):
             steps.setdefault(record["iteration"], []).extend(record["keys"])
     return {iteration: sorted(keys) for iteration, keys in sorted(steps.items())}
 
 
 def forget_after(folder: Path, iteration: int) -> None:
-    """Drop what the files say of steps after `iteration`: a resumed run trains them again, maybe on other ranks."""
-    for path in folder.glob("rank*.jsonl"):
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # a line torn by a crash belongs to the step that was lost
-                continue
-            if record["iteration"] <= iteration:
-                kept.append(line + "\n")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
+    """Drop what the files say of steps after `iteration`: a resumed run trains them again, maybe on other ranks.
+
+    What a crash or a full disk left unreadable is dropped too, which is said; a file that cannot be replaced keeps its
+    lines, which is said as well.
+    """
+    for path in sorted(folder.glob("rank*.jsonl")):
+        try:
+            lines = path.read_bytes().splitlines()
+            steps = [_step_of(line) for line in lines]
+            kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= iteration]
+            if len(kept) < len(lines):
+                with atomic_file(path) as file:
+                    file.writelines(line + b"\n" for line in kept)
+        except OSError as error:
+            print(f"WARNING: {path} keeps lines of steps that are trained again: {error}", file=sys.stderr)
+            continue
+        if torn := steps.count(None):
+            print(f"WARNING: {path}: {torn} unreadable line(s) dropped", file=sys.stderr)
+
+
+def _step_of(line: bytes) -> int | None:
+    """Iteration of a line of a sample log; None for a line that is not whole."""
+    try:
+        return int(json.loads(line)["iteration"])
+    except (ValueError, TypeError, KeyError):
+        return None

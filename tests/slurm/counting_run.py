@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_anyexperts.survival import checkpoints, runlog
+from megatron_anyexperts.survival import checkpoints, retention, runlog
 from megatron_anyexperts.survival.heartbeat import start_heartbeat
-from megatron_anyexperts.survival.manifest import TRACKER, iteration_directory
+from megatron_anyexperts.survival.manifest import TRACKER, begin_save, iteration_directory, seal
 from megatron_anyexperts.survival.run import Run, rank_file
 
 GLOBAL_BATCH = 4
@@ -57,11 +57,11 @@ def main() -> int:
         heartbeat.beat(done, "save")
         if rank == 0 and checkpoints.newest_sealed(run.checkpoints) != done:
             folder = iteration_directory(run.checkpoints, done)
-            folder.mkdir()
+            begin_save(folder)
             (folder / "state.json").write_text(json.dumps({"state": state}))
-            checkpoints.seal(folder)
+            seal(folder)
             checkpoints.repoint_tracker(run.checkpoints, done)
-            checkpoints.prune(run.checkpoints, keep_last=3)
+            retention.prune(run.checkpoints, keep_last=3)
         dist.barrier()
 
     while done < args.train_iters:

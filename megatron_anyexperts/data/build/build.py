@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_anyexperts.data.build.corpus import Corpus, CorpusError
-from megatron_anyexperts.data.build.files import atomic_file, sync_folder, write_json
+from megatron_anyexperts.data.build.files import write_json
 from megatron_anyexperts.data.build.finish import finish
 from megatron_anyexperts.data.build.plan import Plan, ShardPlan, make_plan
 from megatron_anyexperts.data.build.sample import Sample
@@ -25,6 +25,7 @@ from megatron_anyexperts.data.build.unforeseen import guarded
 from megatron_anyexperts.data.build.workers import Handled, Share, run_tasks
 from megatron_anyexperts.data.build.write import manifest_path
 from megatron_anyexperts.data.tokenizer import adopt_tokenizer, train_tokenizer
+from megatron_anyexperts.files import atomic_file, sync_folder
 
 TOKENIZER_SHARDS = 256
 """Shards from which text is drawn to train the tokenizer."""

@@ -1,52 +1,10 @@
-"""Files that are complete or absent, whenever the machine stops."""
+"""JSON files that are complete or absent, whenever the machine stops."""
 
-import contextlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path, scratch: Path, first_wins: bool = False) -> Iterator[BinaryIO]:
-    """Write a file that appears under its name only when it is complete and on disk.
-
-    Args:
-        path: final name; its folder is created.
-        scratch: folder on the same file system for the unfinished file.
-        first_wins: keep a file that already has the name, for results that processes may race for.
-    """
-    scratch.mkdir(parents=True, exist_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=scratch)
-    try:
-        with open(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fchmod(descriptor, 0o644)
-            os.fsync(descriptor)
-        if first_wins:
-            with contextlib.suppress(FileExistsError):
-                os.link(name, path)
-            os.unlink(name)
-        else:
-            os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-    sync_folder(path.parent)
+from megatron_anyexperts.files import atomic_file
 
 
 def write_json(path: Path, scratch: Path, content: Any, first_wins: bool = False) -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 import yaml
 
 from megatron_anyexperts.data.build.corpus import Corpus
-from megatron_anyexperts.data.build.files import atomic_file, write_json
+from megatron_anyexperts.data.build.files import write_json
 from megatron_anyexperts.data.build.plan import SPLITS, Plan
 from megatron_anyexperts.data.build.sample import DOCUMENT_KIND, TEXT_FIELD
 from megatron_anyexperts.data.build.scan import Scan
 from megatron_anyexperts.data.build.sources.base import Chunk
 from megatron_anyexperts.data.build.write import manifest_path
+from megatron_anyexperts.files import atomic_file
 
 CRUDE_CONFIG = "crude.yaml"
 """Energon dataset description for training, which hands over samples as they are stored."""

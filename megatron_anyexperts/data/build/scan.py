@@ -9,11 +9,11 @@ import numpy as np
 
 from megatron_anyexperts.data.build import near
 from megatron_anyexperts.data.build.corpus import Corpus, Limits
-from megatron_anyexperts.data.build.files import atomic_file
 from megatron_anyexperts.data.build.probe import Facts, probe
 from megatron_anyexperts.data.build.sample import KINDS, Rejected, Sample
 from megatron_anyexperts.data.build.sources.base import Chunk
 from megatron_anyexperts.data.build.unforeseen import foreseen, guarded
+from megatron_anyexperts.files import atomic_file
 
 ACCEPTED = np.dtype(
     [("hash_high", "<u8"), ("hash_low", "<u8"), ("group", "<u8"), ("position", "<i8"), ("bytes", "<i8"), ("kind", "u1")]

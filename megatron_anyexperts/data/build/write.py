@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_anyexperts.data.build.corpus import Corpus
-from megatron_anyexperts.data.build.files import atomic_file, write_json
+from megatron_anyexperts.data.build.files import write_json
 from megatron_anyexperts.data.build.measure import MODALITIES, TokenCounter, measures
 from megatron_anyexperts.data.build.plan import ShardPlan
 from megatron_anyexperts.data.build.probe import Facts
@@ -19,6 +19,7 @@ from megatron_anyexperts.data.build.scan import describe, load_scan, scan_path
 from megatron_anyexperts.data.build.sources.base import Chunk
 from megatron_anyexperts.data.build.transform import transform
 from megatron_anyexperts.data.build.unforeseen import foreseen, guarded
+from megatron_anyexperts.files import atomic_file
 
 
 def manifest_path(shard: Path) -> Path:
