@@ -90,20 +90,23 @@ class RunLock:
         Raises:
             RunInUse: another training holds it.
         """
+        try:
+            said = self._take()
+        except OSError as error:
+            return f"no lock in {self._path.parent}, so a second training there would not be noticed: {error}"
+        threading.Thread(target=self._beat, name="run lock", daemon=True).start()
+        return said
+
+    def _take(self) -> str:
         said = ""
-        while True:
-            try:
-                created = self._create()
-            except OSError as error:
-                return f"no lock in {self._path.parent}, so a second training there would not be noticed: {error}"
-            if created:
-                threading.Thread(target=self._beat, name="run lock", daemon=True).start()
-                return said
+        while not self._create():
             held = _read(self._path)
             if held is None:  # it ended just now
                 continue
             holder, silent_s = held
-            reason = "its content is unreadable" if holder is None else self._why_stale(holder, silent_s)
+            reason = "its content is unreadable"
+            if holder is not None:
+                reason = why_stale(holder, self.me, silent_s, _started(holder.pid))
             if not reason:
                 raise RunInUse(
                     f"{self._path.parent} is in use by {holder}, last sign of life {max(silent_s, 0):.0f} s ago; stop "
@@ -112,6 +115,7 @@ class RunLock:
                 )
             if self._take_away(holder):
                 said = f"lock of {holder or 'an unknown holder'} taken over: {reason}"
+        return said
 
     def held(self) -> bool:
         """Whether the run is still ours: false once another training took this one for dead."""
@@ -124,9 +128,6 @@ class RunLock:
         held = _read(self._path)
         if held and held[0] and held[0].token == self.me.token:
             self._path.unlink(missing_ok=True)
-
-    def _why_stale(self, holder: Holder, silent_s: float) -> str:
-        return why_stale(holder, self.me, silent_s, _started(holder.pid))
 
     def _create(self) -> bool:
         text = json.dumps(asdict(self.me)).encode()
@@ -147,21 +148,23 @@ class RunLock:
             draft.unlink(missing_ok=True)
 
     def _take_away(self, stale: Holder | None) -> bool:
-        """Remove a stale lock; of several that try, one succeeds."""
-        aside = self._path.with_name(f"lock.{self.me.token}.stale")
+        """Remove a stale lock; of several that try, one succeeds, and none removes the lock of the next holder."""
+        token = stale.token if stale else "unreadable"
+        claim = self._path.with_name(f"lock.{token}.claim")
+        if not _create_exclusively(claim, b""):
+            with contextlib.suppress(FileNotFoundError):
+                if _now(claim.parent) - claim.stat().st_mtime > BEAT_S:  # who made it died on the way
+                    claim.unlink()
+            time.sleep(0.05)
+            return False
         try:
-            self._path.rename(aside)
-        except FileNotFoundError:
-            return False
-        taken = _read(aside)
-        if taken and stale and taken[0] and taken[0].token != stale.token:
-            # Somebody else was faster and holds it by now: it goes back, unless a third has come meanwhile.
-            with contextlib.suppress(OSError):
-                os.link(aside, self._path)
-            aside.unlink(missing_ok=True)
-            return False
-        aside.unlink(missing_ok=True)
-        return True
+            held = _read(self._path)
+            if held is None or (held[0].token if held[0] else "unreadable") != token:
+                return False
+            self._path.unlink()
+            return True
+        finally:
+            claim.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_S):

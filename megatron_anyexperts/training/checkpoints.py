@@ -64,8 +64,8 @@ class Checkpoints:
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.max_failed = max_failed
-        self.failures: list[str] = []
-        """Reasons of the failed saves since the last good one, the same on every rank."""
+        self.failures: list[tuple[int, str]] = []
+        """Iterations and reasons of the failed saves since the last good one, the same on every rank."""
         self.train_loader: Any = None
         self._save = megatron_training.save_checkpoint
         self._load = megatron_training.load_checkpoint
@@ -222,14 +222,15 @@ class Checkpoints:
             reason += f"; what it wrote is not deleted: {problem_of(error)}"
         print_rank_0(f"WARNING: checkpoint of iteration {iteration} not saved: {reason}; the newest one is untouched")
         self._log("save_failed", iteration=iteration, reason=reason)
-        self.failures.append(reason)
+        self.failures.append((iteration, reason))
         if self.max_failed and len(self.failures) >= self.max_failed:
             raise NotSaved(f"--max-failed-saves {self.max_failed}: that many failed in a row, the last one: {reason}")
 
-    def refuse_unsaved(self, iteration: int) -> None:
-        """Raise `NotSaved` when the run is over and its last save failed."""
+    def refuse_unsaved(self) -> None:
+        """Raise `NotSaved` when the last save of a run that is over has failed."""
         if self.failures:
-            raise NotSaved(f"iteration {iteration} is in no checkpoint, because saving failed: {self.failures[-1]}")
+            iteration, reason = self.failures[-1]
+            raise NotSaved(f"iteration {iteration} is in no checkpoint, because saving failed: {reason}")
 
     def load(self, model: Any, optimizer: Any, scheduler: Any, *arguments: Any, **keywords: Any) -> tuple[int, Any]:
         """Load like Megatron: the run's own newest checkpoint that verifies, else what the command names.

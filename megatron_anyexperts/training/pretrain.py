@@ -141,7 +141,7 @@ def pretrain(
         log("exit", iteration=args.curr_iteration, code=stop.code)
         raise
     except NotSaved as error:
-        log("not_saved", iteration=args.curr_iteration, reason=str(error))
+        log("not_saved", reason=str(error))
         raise
     except Exception as error:
         log("crash", reason=f"{type(error).__name__}: {error}"[:500])
@@ -210,9 +210,9 @@ def _run_megatron(args: argparse.Namespace, run: Run | None, lock: RunLock | Non
             process_non_loss_data_func=held_out.log if held_out else None,
         )
     except SystemExit:
-        checkpoints.refuse_unsaved(args.curr_iteration)
+        checkpoints.refuse_unsaved()
         raise
-    checkpoints.refuse_unsaved(args.curr_iteration)
+    checkpoints.refuse_unsaved()
 
 
 def main(cli: list[str] | None = None, pretrain: Callable[[list[str]], None] = pretrain) -> int:

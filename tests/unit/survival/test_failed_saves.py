@@ -150,7 +150,7 @@ def test_a_run_whose_saves_keep_failing_stops_and_its_newest_checkpoint_stays(on
     with pytest.raises(NotSaved, match="--max-failed-saves 2: .*No space left"):
         on_small_disk.save(30)
     with pytest.raises(NotSaved, match="iteration 30 is in no checkpoint"):
-        on_small_disk.refuse_unsaved(30)
+        on_small_disk.refuse_unsaved()
     assert events(on_small_disk.run) == [("saved", 10), ("save_failed", 20), ("save_failed", 30)]
     assert files.select_resume(on_small_disk.run.checkpoints).iteration == 10
 
@@ -161,7 +161,7 @@ def test_a_good_save_forgets_the_failed_ones(save, run, monkeypatch):
             fault.setattr(checkpoints, "seal", erring)
             save(iteration)
         save(iteration + 1)
-    save.__self__.refuse_unsaved(52)
+    save.__self__.refuse_unsaved()
 
 
 def test_a_run_taken_over_by_another_training_writes_nothing_more(save, run):
