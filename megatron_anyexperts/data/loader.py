@@ -115,6 +115,9 @@ class MicrobatchLoader:
         )
         if not loader.can_restore_sample():
             raise DataFeedError("a stage of the task encoder is not @stateless: the state could be saved, not restored")
+        # torch seeds the workers from the process's own generator unless it is given another one; a resumed run, which
+        # has restored that generator, would then go on one draw further. Energon seeds its workers by itself.
+        loader.generator = torch.Generator()
         self._worker_init = loader.worker_init_fn = _WorkerInit(loader.worker_init_fn)
         return loader
 

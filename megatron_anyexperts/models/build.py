@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 
 from megatron_anyexperts.config import AnyExpertsConfig
 from megatron_anyexperts.media import MediaShape
@@ -152,9 +154,24 @@ def build_model(
     vision, audio = (
         build_encoders(encoders, MediaShape.from_args(args), config, groups) if pre_process else (None, None)
     )
+    if language_model.mtp_process:
+        number_prediction_layers(language_model.mtp)
     model = MultimodalModel(language_model, vision, audio)
     freeze(model, encoders)
     return model
+
+
+def number_prediction_layers(block: MultiTokenPredictionBlock) -> None:
+    """Tell the mixture layers of multi-token prediction what they are, so that their figures are their own.
+
+    Megatron-Core 0.19.2 builds them from a hybrid pattern as if they were the decoder's layers of the same number.
+    Their figures get the numbers behind the decoder's, one for each prediction depth.
+    """
+    for prediction in block.layers:
+        for layer in prediction.mtp_model_layer.modules():
+            if isinstance(layer, MoELayer):
+                layer.is_mtp_layer = layer.router.is_mtp_layer = True
+                layer.set_layer_number(prediction.layer_number)
 
 
 def build_encoders(

@@ -14,6 +14,8 @@ from megatron_anyexperts.models.attention_inputs import packed_lengths
 from megatron_anyexperts.models.specs import build_encoder_stack, uses_transformer_engine
 
 _FREQUENCIES = 16
+POSITION_FEATURES = 2 * _FREQUENCIES
+"""Sines and cosines of one coordinate."""
 _LONGEST_WAVE = 10_000.0
 
 _INHERITED = {
@@ -112,7 +114,7 @@ class FourierPositions(torch.nn.Module):
 
     def __init__(self, axes: int, config: TransformerConfig):
         super().__init__()
-        self.project = plain_linear(axes * 2 * _FREQUENCIES, config)
+        self.project = plain_linear(axes * POSITION_FEATURES, config)
 
     def forward(self, positions_PA: Tensor) -> Tensor:
         """Embed integer positions [P, axes] as [P, hidden_size]."""

@@ -1,4 +1,4 @@
-"""What routing does, per layer and per modality: accumulated in the layers, reduced once per step, logged by Megatron.
+"""What routing does, per layer and per modality: added up in the layers, reduced and logged once per log interval.
 
 `token_modality` says which kinds of tokens a forward pass holds; layers record only inside it. Recomputation in the
 backward pass runs outside, so nothing counts twice. `record_tokens` keeps single tokens, for pictures.
@@ -20,7 +20,8 @@ from megatron.core.transformer.moe.moe_logging import (
 )
 from torch import Tensor
 
-from megatron_anyexperts.moe.summary import SUMS, console_line, scalars, summarise, write_histograms
+from megatron_anyexperts.moe.summary import console_line, scalars, write_histograms
+from megatron_anyexperts.moe.tally import Tally
 
 if TYPE_CHECKING:
     from megatron_anyexperts.config import AnyExpertsConfig
@@ -123,80 +124,23 @@ def local_positions(values_BS: Tensor, seq_length: int, tp_rank: int) -> Tensor:
     return values_SB[tp_rank * seq_length : (tp_rank + 1) * seq_length]
 
 
-class Tally:
-    """Sums over microbatches for all layers of the model; layers of other pipeline stages stay 0.
-
-    Shapes: L layers, M modalities, F sums per modality (`SUMS`, then two histograms over 0..k_max), E experts.
-    """
-
-    def __init__(self, num_layers: int, k_max: int, num_experts: int, device: torch.device | int | str):
-        self.k_max = k_max
-        fields = len(SUMS) + 2 * (k_max + 1)
-        self.sums_LMF = torch.zeros(num_layers, len(MODALITIES), fields, dtype=torch.float64, device=device)
-        self.experts_LE = torch.zeros(num_layers, num_experts, dtype=torch.float64, device=device)
-        # observations, received max/mean, demanded max/mean, rerouted, displaced
-        self.load_L5 = torch.zeros(num_layers, 5, dtype=torch.float64, device=device)
-        self.peak_L = torch.zeros(num_layers, dtype=torch.float64, device=device)
-
-    def add(self, layer_number: int, kinds_T: Tensor, decision: RoutingDecision, load: LoadReport) -> None:
-        """Add one microbatch of one layer."""
-        layer = layer_number - 1
-        slots_T, importance_T = decision.slots_T, decision.importance_T
-        real_T = decision.routing_map_TE.sum(1)
-        bins = torch.arange(self.k_max + 1, device=slots_T.device)
-        features_TF = torch.cat(
-            (
-                torch.stack(
-                    (torch.ones_like(importance_T), slots_T, real_T, importance_T, importance_T.square()), dim=1
-                ),
-                slots_T.unsqueeze(1) == bins,
-                real_T.unsqueeze(1) == bins,
-            ),
-            dim=1,
-        )
-        kinds_MT = kinds_T == torch.arange(len(MODALITIES), device=kinds_T.device).unsqueeze(1)
-        self.sums_LMF[layer] += kinds_MT.to(features_TF) @ features_TF
-        received, demanded = _imbalance(load.received_P), _imbalance(load.demanded_P)
-        one = torch.ones_like(received)
-        self.load_L5[layer] += torch.stack((one, received, demanded, load.rerouted.double(), load.displaced.double()))
-        self.peak_L[layer] = torch.maximum(self.peak_L[layer], received)
-        self.experts_LE[layer] += load.received_E
-
-    def drain(self, sum_groups: list[torch.distributed.ProcessGroup]) -> dict[str, Any]:
-        """Reduce over `sum_groups` one after the other, clear, and return the summary; collective."""
-        parts = (self.sums_LMF, self.experts_LE, self.load_L5)
-        flat = torch.cat([part.flatten() for part in parts])
-        peak_L = self.peak_L.clone()
-        for group in sum_groups:
-            torch.distributed.all_reduce(flat, group=group)
-            torch.distributed.all_reduce(peak_L, op=torch.distributed.ReduceOp.MAX, group=group)
-        split = flat.cpu().split([part.numel() for part in parts])
-        sums_LMF, experts_LE, load_L5 = (x.view(part.shape) for x, part in zip(split, parts, strict=True))
-        for part in (*parts, self.peak_L):
-            part.zero_()
-        return summarise(MODALITIES, sums_LMF, experts_LE, load_L5, peak_L.cpu(), self.k_max)
-
-
-def _imbalance(load_P: Tensor) -> Tensor:
-    """Return max over mean, fp64 scalar; 1 for no load."""
-    load_P = load_P.double()
-    return torch.where(load_P.sum() > 0, load_P.max() / load_P.mean().clamp(min=1e-9), 1.0)
-
-
 class RoutingTracker(MoEMetricsTracker):
     """Megatron's tracker of router losses, plus the breakdown of slots, importance and load.
 
-    Megatron's loop calls `report` once per step on all ranks; it then logs both to console, TensorBoard and W&B.
+    Megatron's loop calls `report` after every step on all ranks. Router losses go to TensorBoard and W&B each time, as
+    in Megatron; the breakdown goes there and to the console once per log interval, over all steps of the interval.
 
     Args:
         config: sizes are taken from it, so that ranks without mixture layers reduce the same shapes.
+        log_interval: steps over which the breakdown is added up.
     """
 
-    def __init__(self, config: AnyExpertsConfig):
+    def __init__(self, config: AnyExpertsConfig, log_interval: int = 1):
         super().__init__()
+        self.log_interval = log_interval
         self.num_layers = config.num_layers + (config.mtp_num_layers or 0)
         device = torch.cuda.current_device()
-        sizes = (self.num_layers, config.anyexperts_k_max or 0, config.num_moe_experts or 0, device)
+        sizes = (MODALITIES, self.num_layers, config.anyexperts_k_max or 0, config.num_moe_experts or 0, device)
         self.tallies = {"train": Tally(*sizes), "eval": Tally(*sizes)}
         self.extra_losses = [
             name
@@ -227,13 +171,18 @@ class RoutingTracker(MoEMetricsTracker):
         track_names: str | list[str] | None = None,
         **others: Any,
     ) -> str:
-        """Log and clear router losses and the training breakdown; collective. See `MoEMetricsTracker.report`."""
+        """Log and clear router losses and, where an interval ends, the breakdown; collective.
+
+        See `MoEMetricsTracker.report`; an interval ends where `log_interval` divides `iteration`.
+        """
         if track_names is not None:
             names = [track_names] if isinstance(track_names, str) else track_names
             track_names = [*names, *self.extra_losses]
         line = super().report(
             loss_scale, iteration, writer, wandb_writer, per_layer_logging, force_initialize, track_names, **others
         )
+        if iteration % self.log_interval:
+            return line
         self._last = self.collect("train")
         for name, value in scalars(self._last, per_layer_logging).items():
             if writer is not None:
@@ -256,8 +205,8 @@ class RoutingTracker(MoEMetricsTracker):
         return self._last
 
 
-def install_metrics(config: AnyExpertsConfig) -> RoutingTracker:
+def install_metrics(config: AnyExpertsConfig, log_interval: int = 1) -> RoutingTracker:
     """Make a `RoutingTracker` the tracker that Megatron's loop reports; call on every rank before training."""
-    tracker = RoutingTracker(config)
+    tracker = RoutingTracker(config, log_interval)
     set_moe_metrics_tracker(tracker)
     return tracker

@@ -29,7 +29,13 @@ class RunConfig:
     """Failed saves in a row after which the run stops (exit code 3) instead of training on without a checkpoint. 0
     trains on however many fail."""
 
+    peak_tflops_per_gpu: float | None = None
+    """Dense bf16 peak of a GPU in TFLOP/s, of which the logged `mfu` is a share. None: that of a known GPU; without one
+    no `mfu` is logged."""
+
     def __post_init__(self):
+        if self.peak_tflops_per_gpu is not None and not self.peak_tflops_per_gpu > 0:
+            raise ValueError(f"--peak-tflops-per-gpu={self.peak_tflops_per_gpu} must be above 0, such as 989.4")
         for name in ("keep_last_checkpoints", "keep_every_checkpoint", "max_failed_saves"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} is negative; use 0 or more")

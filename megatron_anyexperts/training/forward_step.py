@@ -11,8 +11,10 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 
+from megatron_anyexperts.media import MediaShape
 from megatron_anyexperts.moe.metrics import MODALITIES, token_modality
 from megatron_anyexperts.training.batch import next_batch
+from megatron_anyexperts.training.flops import measure_work
 from megatron_anyexperts.training.step_stats import StepStats, modality_sums
 
 
@@ -20,11 +22,13 @@ class ForwardStep:
     """Callable with the signature of Megatron's ``forward_step_func``.
 
     Args:
-        stats: collects losses per modality, tokens, sample keys and waiting time of training steps.
+        stats: collects losses per modality, work, sample keys and waiting time of training steps.
+        shape: media geometry, by which work is counted.
     """
 
-    def __init__(self, stats: StepStats):
+    def __init__(self, stats: StepStats, shape: MediaShape):
         self.stats = stats
+        self.shape = shape
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Any]], model: torch.nn.Module
@@ -38,6 +42,8 @@ class ForwardStep:
             # Virtual stages of one rank read the same samples; one of them is enough.
             if self.stats.sample_log is not None and get_attr_wrapped_model(model, "pre_process"):
                 self.stats.sample_log.add(batch["sample_keys"])
+            if get_attr_wrapped_model(model, "post_process"):
+                self.stats.add_work(measure_work(batch, self.shape))
         else:
             batch = next_batch(data_iterator)
         timers("batch-generator").stop()
@@ -81,7 +87,6 @@ def loss_func(
     sums = modality_sums(losses.detach(), loss_mask, sample_modality)
     if training:
         stats.add_losses(sums)
-        stats.tokens += int((sample_modality >= 0).sum())
     else:
         report |= {f"{name} loss": sums[MODALITIES.index(name)] for name in stats.held_out_modalities}
     return loss, targets, report

@@ -176,11 +176,11 @@ def _run_megatron(args: argparse.Namespace, run: Run | None, lock: RunLock | Non
     from megatron.training import training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_anyexperts.training import curves, learning_rates, upstream
+    from megatron_anyexperts.media import MediaShape
+    from megatron_anyexperts.training import curves, learning_rates, metrics, upstream
     from megatron_anyexperts.training.checkpoints import Checkpoints
     from megatron_anyexperts.training.data import DataProvider
     from megatron_anyexperts.training.forward_step import ForwardStep
-    from megatron_anyexperts.training.metrics import TrainingMetrics
     from megatron_anyexperts.training.step_stats import StepStats
 
     # The process behind this queue takes part in every save. Forked here it starts at once; Megatron would spawn it,
@@ -198,13 +198,14 @@ def _run_megatron(args: argparse.Namespace, run: Run | None, lock: RunLock | Non
     curves.install(args)
     stats = StepStats()
     torch.cuda.set_device(args.local_rank)  # the tracker keeps tensors there; Megatron selects the device only later
-    set_moe_metrics_tracker(TrainingMetrics(transformer_config(args), stats, run, heartbeat))
+    metrics.install()
+    set_moe_metrics_tracker(metrics.TrainingMetrics(args, transformer_config(args), stats, run, heartbeat))
     try:
         training.pretrain(
             pretrain_cfg_container_from_args(args),
             DataProvider(checkpoints, stats),
             ModelType.encoder_or_decoder,
-            ForwardStep(stats),
+            ForwardStep(stats, MediaShape.from_args(args)),
             model_provider=model_provider,
             non_loss_data_func=held_out.measure if held_out else None,
             process_non_loss_data_func=held_out.log if held_out else None,

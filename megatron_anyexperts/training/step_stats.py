@@ -1,4 +1,4 @@
-"""What one training step leaves for the logs: loss per modality, tokens, waiting time and sample keys."""
+"""What training steps leave for the logs: losses, time, work done, waiting time and sample keys."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from megatron_anyexperts.files import atomic_file
 from megatron_anyexperts.moe.metrics import MODALITIES
 from megatron_anyexperts.survival import runlog
+from megatron_anyexperts.training.flops import WORK
 
 
 def modality_sums(losses: torch.Tensor, loss_mask: torch.Tensor, sample_modality: torch.Tensor) -> torch.Tensor:
@@ -59,9 +60,44 @@ class SampleLog:
         self._pending = []
 
 
+@dataclass(frozen=True)
+class Interval:
+    """What the steps of one log interval left, over all ranks.
+
+    Attributes:
+        losses: ``loss`` and ``loss_<modality>``, per target, where there were targets (on the last pipeline stage).
+        step_losses: means over steps of what `StepStats.add_step` was given.
+        seconds: time of the steps that count for throughput, on the slowest rank; 0 if none does.
+        data_wait: seconds of it that the slowest rank waited for the loader.
+        work: counts of `flops.WORK` in these steps.
+        first_step_s: seconds of the first step after a start; None in all later intervals.
+    """
+
+    losses: dict[str, float]
+    step_losses: dict[str, float]
+    seconds: float
+    data_wait: float
+    work: dict[str, float]
+    first_step_s: float | None
+
+
+@dataclass
+class _Sums:
+    modality_loss: torch.Tensor | None = None
+    step_losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+    data_wait: float = 0.0
+    work: torch.Tensor | None = None
+    first_step_s: float | None = None
+
+
 @dataclass
 class StepStats:
     """Accumulates over the microbatches and steps of one log interval, on one rank.
+
+    The clock runs from a step's first microbatch to its end, not while the loop starts, evaluates or saves. The first
+    step after a start fills the loader's buffers and the device's caches: it counts for losses, but not for throughput.
 
     Attributes:
         sample_log: takes the keys of training samples; None switches the log off.
@@ -70,45 +106,74 @@ class StepStats:
 
     sample_log: SampleLog | None = None
     held_out_modalities: tuple[str, ...] = MODALITIES
-    modality_loss: torch.Tensor | None = None
-    tokens: int = 0
-    data_wait: float = 0.0
-    started: float = field(default_factory=time.monotonic)
+    _sums: _Sums = field(default_factory=_Sums)
+    _began: float | None = None
+    _warm: bool = False
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Count the time spent inside as waiting for the loader."""
+        """Count the time spent inside as waiting for the loader; a step's first microbatch starts its clock."""
         start = time.monotonic()
+        if self._began is None:
+            self._began = start
         yield
-        self.data_wait += time.monotonic() - start
+        self._sums.data_wait += time.monotonic() - start
 
     def add_losses(self, sums: torch.Tensor) -> None:
         """Add one microbatch's `modality_sums`."""
-        self.modality_loss = sums if self.modality_loss is None else self.modality_loss + sums
+        before = self._sums.modality_loss
+        self._sums.modality_loss = sums if before is None else before + sums
 
-    def drain(self, loss_group: torch.distributed.ProcessGroup, device: torch.device) -> dict[str, float]:
+    def add_work(self, counts: torch.Tensor) -> None:
+        """Add one microbatch's `flops.measure_work`."""
+        before = self._sums.work
+        self._sums.work = counts if before is None else before + counts
+
+    def stop_clock(self) -> None:
+        """End the step's time; called before anything that follows a step."""
+        seconds = 0.0 if self._began is None else time.monotonic() - self._began
+        self._began = None
+        if self._warm:
+            self._sums.seconds += seconds
+        else:
+            self._warm, self._sums.first_step_s, self._sums.data_wait, self._sums.work = True, seconds, 0.0, None
+
+    def add_step(self, losses: dict[str, torch.Tensor]) -> None:
+        """Add one step's scalar losses, which are averaged over steps and over data-parallel ranks."""
+        self._sums.steps += 1
+        for name, value in losses.items():
+            self._sums.step_losses[name] = self._sums.step_losses.get(name, 0) + value.detach()
+
+    def drain(self, loss_group: torch.distributed.ProcessGroup, device: torch.device) -> Interval:
         """Return the interval's figures and start the next one; a collective call over all ranks.
 
         Args:
-            loss_group: data-parallel group over which losses and tokens add up.
+            loss_group: data-parallel group over which losses and work add up.
             device: where the reduced tensors live.
-
-        Returns:
-            ``loss`` and ``loss_<modality>``, per target, where the interval had targets (on the last pipeline stage),
-            ``tokens_per_s`` over all data-parallel ranks, and ``data_wait_share`` of the slowest rank, 0 to 1.
         """
-        elapsed = max(time.monotonic() - self.started, 1e-9)
-        sums = torch.zeros(len(MODALITIES), 2, device=device) if self.modality_loss is None else self.modality_loss
-        flat = torch.cat([sums.reshape(-1), sums.new_tensor([self.tokens])])
+        sums, self._sums = self._sums, _Sums()
+        modality_loss = torch.zeros(len(MODALITIES), 2) if sums.modality_loss is None else sums.modality_loss
+        work = torch.zeros(len(WORK)) if sums.work is None else sums.work
+        parts = [modality_loss, work, *sums.step_losses.values()]
+        flat = torch.cat([part.to(device, torch.float64).flatten() for part in parts])
         torch.distributed.all_reduce(flat, group=loss_group)
-        wait = flat.new_tensor([self.data_wait / elapsed])
-        torch.distributed.all_reduce(wait, op=torch.distributed.ReduceOp.MAX)
-        totals = flat[:-1].reshape(-1, 2).tolist()
-        self.modality_loss, self.tokens, self.data_wait, self.started = None, 0, 0.0, time.monotonic()
-        rows = [("loss", [sum(column) for column in zip(*totals, strict=True)])]
-        rows += [(f"loss_{name}", total) for name, total in zip(MODALITIES, totals, strict=True)]
-        losses = {name: total / targets for name, (total, targets) in rows if targets}
-        return {**losses, "tokens_per_s": flat[-1].item() / elapsed, "data_wait_share": wait.item()}
+        slowest = flat.new_tensor([sums.seconds, sums.data_wait])
+        torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
+        seconds, data_wait = slowest.tolist()
+
+        by_modality, counts, steps = flat.split([2 * len(MODALITIES), len(WORK), len(sums.step_losses)])
+        totals = by_modality.view(-1, 2)
+        rows = [("loss", totals.sum(0).tolist())]
+        rows += [(f"loss_{name}", total) for name, total in zip(MODALITIES, totals.tolist(), strict=True)]
+        summed = max(1, sums.steps) * loss_group.size()
+        return Interval(
+            {name: total / targets for name, (total, targets) in rows if targets},
+            {name: total / summed for name, total in zip(sums.step_losses, steps.tolist(), strict=True)},
+            seconds,
+            data_wait,
+            dict(zip(WORK, counts.tolist(), strict=True)),
+            sums.first_step_s,
+        )
 
 
 def read_sample_log(folder: Path) -> dict[int, list[str]]:

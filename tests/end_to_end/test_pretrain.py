@@ -1,10 +1,12 @@
 """Megatron's own loop trains this model: alike with static routing, in any layout, and across an interruption."""
 
 import math
+import re
 import shutil
 
 import pytest
 
+from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.training.step_stats import read_sample_log
 from tests.end_to_end.launch import pretrain
 
@@ -74,8 +76,70 @@ def test_resuming_on_fewer_ranks_trains_the_very_next_samples(corpus, tmp_path):
         assert math.isclose(loss, resumed.losses[iteration], rel_tol=1e-5), iteration
 
 
-def test_resuming_in_the_same_layout_is_bit_identical(corpus, tmp_path):
-    whole = pretrain(corpus, tmp_path / "whole")
-    pretrain(corpus, tmp_path / "broken", "--exit-interval", "3")
-    resumed = pretrain(corpus, tmp_path / "broken")
-    assert resumed.losses == whole.losses
+# Every source of randomness in a step, layers of multi-token prediction, and evaluations between the steps.
+NOISY = (
+    *("--eval-interval", "2"),
+    *("--hidden-dropout", "0.1", "--attention-dropout", "0.1", "--moe-input-jitter-eps", "0.01"),
+    *("--hybrid-layer-pattern", "*E*E/*E", "--mtp-num-layers", "1"),
+)
+
+
+@pytest.fixture(scope="module")
+def noisy(corpus, tmp_path_factory):
+    """The same steps in one go with a log line each, and interrupted after a single line about the first three."""
+    folder = tmp_path_factory.mktemp("noisy")
+    whole = pretrain(corpus, folder / "whole", *NOISY)
+    broken = pretrain(corpus, folder / "broken", *NOISY, "--exit-interval", "3", "--log-interval", "3")
+    first = runlog.read_metrics(broken.run)
+    return whole, first, pretrain(corpus, folder / "broken", *NOISY)
+
+
+def test_resuming_in_the_same_layout_is_bit_identical(noisy):
+    whole, _, resumed = noisy
+    assert list(whole.losses) == [1, 2, 3, 4, 5, 6]
+    assert {step: resumed.losses[step] for step in (4, 5, 6)} == {step: whole.losses[step] for step in (4, 5, 6)}
+
+
+def test_a_line_of_three_steps_is_what_three_lines_say(noisy):
+    steps, [line] = runlog.read_metrics(noisy[0].run)[:3], noisy[1]
+    assert line["iteration"] == 3
+    for name in ("load_balancing_loss", "z_loss", "mtp_1_loss"):
+        assert line[name] == pytest.approx(sum(step[name] for step in steps) / 3, rel=1e-6)
+    assert list(line["routing"]["layers"]) == ["2", "4", "5"]  # the last one is the prediction layer
+    for part in ("all", "text", "image", "audio"):
+        figures = [step["routing"].get(part, {"tokens": 0, "real": 0, "slots_histogram": [0] * 4}) for step in steps]
+        tokens = [each["tokens"] for each in figures]
+        assert line["routing"][part]["tokens"] == sum(tokens)
+        real = sum(count * each["real"] for count, each in zip(tokens, figures, strict=True)) / sum(tokens)
+        assert line["routing"][part]["real"] == pytest.approx(real)
+        histogram = [sum(counts) for counts in zip(*(each["slots_histogram"] for each in figures), strict=True)]
+        assert line["routing"][part]["slots_histogram"] == histogram
+    peaks = [step["routing"]["load"]["rank_max_over_mean_peak"] for step in steps]
+    assert line["routing"]["load"]["rank_max_over_mean_peak"] == max(peaks)
+    for layer in line["routing"]["layers"].values():
+        assert layer["all"]["tokens"] * 3 == line["routing"]["all"]["tokens"]
+
+
+def test_the_console_says_the_same(noisy):
+    whole = noisy[0]
+    console = re.findall(
+        r"iteration +(\d+)/.*?lm loss: (\S+) \|.*?load_balancing_loss: (\S+) .*?mtp_1 loss: (\S+)", whole.output
+    )
+    assert len(console) == 6
+    for (iteration, *values), line in zip(console, runlog.read_metrics(whole.run), strict=True):
+        assert int(iteration) == line["iteration"]
+        for value, name in zip(values, ("loss", "load_balancing_loss", "mtp_1_loss"), strict=True):
+            assert float(value) == pytest.approx(line[name], rel=1e-5)
+    assert line["load_balancing_loss"] == pytest.approx(1, abs=0.1)  # a mean over layers of losses that start at 1
+
+
+def test_throughput_is_that_of_training_steps_only(noisy):
+    lines = runlog.read_metrics(noisy[0].run)
+    assert "first_step_s" in lines[0] and "tokens_per_s" not in lines[0]
+    assert all("first_step_s" not in line for line in lines[1:])
+    for before, line in zip(lines, lines[1:], strict=False):
+        tokens = line["routing"]["layers"]["2"]["all"]["tokens"]
+        step_s = tokens / line["tokens_per_s"]
+        assert 0 < step_s < line["time"] - before["time"]
+        assert 0 <= line["data_wait_share"] <= 1
+        assert line["tflops_per_gpu"] > 0 and "mfu" not in line  # a CPU has no known peak

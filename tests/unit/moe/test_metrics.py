@@ -115,6 +115,19 @@ def test_report_logs_losses_breakdown_and_distribution(setup):
     assert all(math.isfinite(value) for value in writer.values.values())
 
 
+def test_an_interval_is_reported_once_and_whole(setup):
+    built, tracker = setup
+    tracker.log_interval = 3
+    lines = []
+    for iteration in range(1, 4):
+        for _ in range(iteration):
+            forward(built)
+        lines.append(tracker.report(1.0, iteration, writer := Writer(), num_layers=1))
+        assert ("routing/slots/text" in writer.values) == (iteration == 3)
+    assert ["text: slots" in line for line in lines] == [False, False, True]
+    assert tracker.snapshot()["all"]["tokens"] == (1 + 2 + 3) * 22
+
+
 def test_a_rank_without_mixture_layers_reduces_the_same_shapes(one_rank):
     tracker = RoutingTracker(config(**DYNAMIC, num_layers=5))
     tracker.ensure_initialized("z_loss", 1)
