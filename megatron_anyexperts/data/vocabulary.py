@@ -31,6 +31,10 @@ class Vocabulary:
         if missing := [name for name, number in self.special.items() if number is None]:
             raise ValueError(f"{file} lacks the special tokens {', '.join(missing)}; add them to the tokenizer")
 
+    def ids(self) -> list[int]:
+        """All token ids, special ones included; there may be gaps."""
+        return list(self._tokenizer.get_vocab().values())
+
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids

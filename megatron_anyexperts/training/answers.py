@@ -28,6 +28,7 @@ from megatron_anyexperts.data.shard_reader import ShardReader
 from megatron_anyexperts.data.vocabulary import Vocabulary
 from megatron_anyexperts.moe.metrics import MODALITIES
 from megatron_anyexperts.training.data import data_settings
+from megatron_anyexperts.training.known_tokens import KnownTokens
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class AnswerScorer:
 
     def __init__(self, encoder: DocumentEncoder, questions: list[Question], micro_batch_size: int):
         self.encoder = encoder
+        self.known = KnownTokens(encoder.vocabulary)
         self.questions = questions
         self.micro_batch_size = micro_batch_size
 
@@ -161,7 +163,8 @@ class AnswerScorer:
         ]
         batch = {name: value.to(device) for name, value in collate(arrays, []).items() if name != "sample_keys"}
         labels_BS, mask_BS = batch["labels"], (batch["loss_mask"] > 0) & (batch["labels"] != end_id)
-        logits_BSV = model(**model_inputs(batch), segment_ids=batch["segment_ids"], runtime_gather_output=True).float()
+        logits_BSV = model(**model_inputs(batch), segment_ids=batch["segment_ids"], runtime_gather_output=True)
+        logits_BSV = self.known(logits_BSV.float())
         wrong_BS = (logits_BSV.argmax(-1) != labels_BS) & mask_BS
         losses_BS = torch.nn.functional.cross_entropy(logits_BSV.transpose(1, 2), labels_BS, reduction="none")
         for number, row in enumerate(rows):

@@ -17,6 +17,7 @@ from megatron_anyexperts.data.packing import assemble_row, collate
 from megatron_anyexperts.data.samples import Document, Media, Planned, Text
 from megatron_anyexperts.moe.metrics import record_tokens
 from megatron_anyexperts.training.answers import model_inputs
+from megatron_anyexperts.training.known_tokens import KnownTokens
 
 STOPS = ("<|im_end|>", "<|endoftext|>")
 
@@ -92,7 +93,7 @@ def decode(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield new tokens, each with the logits fp32 [V] it was chosen from.
+    """Yield new tokens, each with the logits fp32 [V] it was chosen from, -inf where there is no token.
 
     1. Prefill: the prompt in one pass, with its media.
     2. Each new token in a pass of its own, which reads the cached keys and values of those before it.
@@ -118,10 +119,11 @@ def decode(
     row = assemble_row([encoder.decode(prompt)], length, encoder.shape, encoder.vocabulary.special["<|pad|>"])
     batch = collate([row], [])
     inputs = {name: value.to(device) for name, value in model_inputs(batch).items()}
+    known = KnownTokens(encoder.vocabulary)
     with torch.no_grad(), InferenceMode.active():
         context = StaticInferenceContext(1, length + max_new_tokens)
         for _ in range(max_new_tokens):
-            logits_V = model(**inputs, inference_context=context, runtime_gather_output=True)[0, -1].float()
+            logits_V = known(model(**inputs, inference_context=context, runtime_gather_output=True)[0, -1].float())
             token = choose(logits_V, temperature, generator)
             yield int(token), logits_V
             context.sequence_len_offset += inputs["tokens"].shape[1]

@@ -56,7 +56,8 @@ def test_prefill_and_steps_give_the_logits_and_slots_of_one_pass(encoder, model,
     row = assemble_row([encoder.decode(whole)], whole.size[0], SHAPE, pad)
     with torch.no_grad(), record_tokens() as once:
         expected = model(**model_inputs(collate([row], [])))
-    torch.testing.assert_close(torch.stack(logits), expected[0, -NEW:], rtol=1e-4, atol=1e-4)
+    ids = sorted(encoder.vocabulary.ids())
+    torch.testing.assert_close(torch.stack(logits)[:, ids], expected[0, -NEW:, ids], rtol=1e-4, atol=1e-4)
     assert steps.keys() == once.keys() and len(steps) == 2
     for layer, records in steps.items():
         assert torch.equal(torch.cat([record.slots_SB for record in records]), once[layer][0].slots_SB)
@@ -103,6 +104,26 @@ def test_every_read_token_has_its_slots(encoder, model):
 def test_sampling_repeats_with_its_seed_only(encoder, model):
     texts = [generate(model, encoder, prompts()[0], NEW, temperature=5.0, seed=seed).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_columns_that_are_no_token_are_never_chosen_and_cost_nothing(encoder, model):
+    ids = sorted(encoder.vocabulary.ids())
+    padding = sorted(set(range(model.language_model.vocab_size)) - set(ids))
+    assert padding
+    [planned] = encoder.plan(prompts()[0])
+    right = [token for token, _ in decode(model, encoder, planned, NEW)]
+    questions = [Question("right", prompts()[0], with_answer(planned, right))]
+    before = AnswerScorer(encoder, questions, micro_batch_size=1)(model)["right"]
+    with torch.no_grad():  # now a column of the padding is the most likely one wherever a token was
+        weight = model.language_model.output_layer.weight
+        weight[padding] = 2 * weight[ids].mean(0) + torch.randn(len(padding), weight.size(1))
+        weight[padding[0]] = 3 * weight[right[0]]
+    assert [token for token, _ in decode(model, encoder, planned, NEW)] == right
+    generator = torch.Generator().manual_seed(0)
+    sampled = [token for token, _ in decode(model, encoder, planned, 60, 5.0, generator)]
+    assert set(sampled) <= set(ids)
+    assert AnswerScorer(encoder, questions, micro_batch_size=1)(model)["right"] == before
+    assert before.exact == 1
 
 
 def test_what_does_not_fit_is_refused(encoder, model, tmp_path):
