@@ -6,6 +6,16 @@ this file, so that they cannot disagree. Integers only: no torch, no decoding.
 
 from dataclasses import dataclass, field
 
+SAMPLE_RATE = 16_000
+WINDOW, HOP = 400, 160
+"""Of the sound that becomes features, in Hz and samples: 25 ms windows, one every 10 ms."""
+
+MAX_PIXELS = 64_000_000
+"""Of an image or a video frame, checked before decoding."""
+MAX_AUDIO_SECONDS = 30.0
+MAX_VIDEO_SECONDS = 600.0
+"""The default limits of the shard builder and of the loader: what the one accepts the other can read."""
+
 
 def _flag(name: str):
     return {"argparse_meta": {"arg_names": [name]}}

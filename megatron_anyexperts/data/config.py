@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass
 
+from megatron_anyexperts.media import MAX_AUDIO_SECONDS, MAX_PIXELS, MAX_VIDEO_SECONDS
+
 
 @dataclass
 class DataConfig:
@@ -32,7 +34,7 @@ class DataConfig:
     data_image_max_patches: int = 1024
     """Larger images are reduced to at most this many patches, aspect kept."""
 
-    data_image_max_pixels: int = 64_000_000
+    data_image_max_pixels: int = MAX_PIXELS
     """Images and video frames with more pixels than this are rejected before they are decoded."""
 
     data_video_fps: float = 1.0
@@ -44,10 +46,10 @@ class DataConfig:
     data_video_max_patches: int = 2048
     """Patch budget of one video over all its frames."""
 
-    data_video_max_seconds: float = 600.0
+    data_video_max_seconds: float = MAX_VIDEO_SECONDS
     """Longer videos are rejected."""
 
-    data_audio_max_seconds: float = 30.0
+    data_audio_max_seconds: float = MAX_AUDIO_SECONDS
     """Longer audio clips are rejected."""
 
     data_row_patches: int | None = None

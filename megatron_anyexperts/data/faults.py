@@ -1,8 +1,12 @@
 """Counts what the feed loses, and turns too much loss into a clear stop."""
 
+import json
 import logging
 import multiprocessing
+from pathlib import Path
 from typing import Any
+
+from megatron_anyexperts.data.samples import SampleError
 
 logger = logging.getLogger(__name__)
 
@@ -76,3 +80,40 @@ class FaultLedger:
                 f"{reason}; the last one was {key} ({place}): {error}. Check the shards with "
                 "data_tools/verify_shards.py, or raise the limit if the loss is acceptable"
             )
+
+
+class Quarantine:
+    """Samples that killed a decoder, by key and stage; they are skipped at that stage, so that nothing else changes.
+
+    Args:
+        path: file of JSON lines, which the ranks of a run and its restarts share; None keeps nothing.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._listed = self._read()
+
+    def _read(self) -> set[tuple[str, str]]:
+        if self._path is None or not self._path.is_file():
+            return set()
+        lines = [json.loads(line) for line in self._path.read_text().splitlines()]
+        return {(line["key"], line["stage"]) for line in lines}
+
+    def check(self, key: str, stage: str) -> None:
+        """Refuse a sample that is listed.
+
+        Raises:
+            SampleError: it is.
+        """
+        if (key, stage) in self._listed:
+            raise SampleError(f"in quarantine: it killed a decoder before (listed in {self._path})")
+
+    def add(self, key: str, stage: str, reason: str) -> None:
+        """List a sample."""
+        self._listed.add((key, stage))
+        # Ranks that read the same samples find the same ones.
+        if self._path is None or (key, stage) in self._read():
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._path, "ab", buffering=0) as file:
+            file.write(json.dumps({"key": key, "stage": stage, "reason": reason}).encode() + b"\n")

@@ -19,7 +19,7 @@ from megatron_anyexperts.data import elastic, shard_reader
 from megatron_anyexperts.data.blend import open_blend
 from megatron_anyexperts.data.config import DataConfig
 from megatron_anyexperts.data.encode import DocumentEncoder
-from megatron_anyexperts.data.faults import DataFeedError, ErrorBudgetExceeded, FaultLedger
+from megatron_anyexperts.data.faults import DataFeedError, ErrorBudgetExceeded, FaultLedger, Quarantine
 from megatron_anyexperts.data.packing import from_buffer
 from megatron_anyexperts.data.task_encoder import FeedTaskEncoder
 from megatron_anyexperts.data.vocabulary import Vocabulary
@@ -43,6 +43,7 @@ class MicrobatchLoader:
         seed: of the sample order.
         endless: False stops after one pass over the data (each rank at its own count); then the blend must not
             use weights.
+        quarantine: file that lists samples which killed a decoder, for all ranks and restarts of a run.
 
     Raises:
         FileNotFoundError: blend or tokenizer are missing.
@@ -61,12 +62,14 @@ class MicrobatchLoader:
         dp_size: int,
         seed: int,
         endless: bool = True,
+        quarantine: Path | None = None,
     ) -> None:
         self._streams = elastic.streams_per_rank(config.data_streams, dp_size)
         self._micro_batch_size, self._dp_rank, self._dp_size = micro_batch_size, dp_rank, dp_size
         self.ledger = FaultLedger(config.data_error_budget, config.data_error_rate)
         vocabulary = Vocabulary(tokenizer)
-        task_encoder = FeedTaskEncoder(DocumentEncoder(config, shape, vocabulary, seq_length), self.ledger)
+        encoder = DocumentEncoder(config, shape, vocabulary, seq_length, Quarantine(quarantine))
+        task_encoder = FeedTaskEncoder(encoder, self.ledger)
         workers = WorkerConfig(
             rank=dp_rank,
             world_size=dp_size,

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from transformers.audio_utils import mel_filter_bank
 
-SAMPLE_RATE = 16_000
-WINDOW, HOP = 400, 160
+from megatron_anyexperts.media import HOP, SAMPLE_RATE, WINDOW
 
 
 @lru_cache

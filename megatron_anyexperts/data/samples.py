@@ -56,11 +56,13 @@ class PlannedFrames:
         media: the encoded file.
         grid: (t, h, w) in patches.
         frames: indices of the video frames to decode; None for an image.
+        ticks: their presentation times, where the container says them.
     """
 
     media: Media
     grid: tuple[int, int, int]
     frames: tuple[int, ...] | None
+    ticks: tuple[int, ...] | None = None
 
 
 @edataclass

@@ -11,7 +11,7 @@ from megatron_anyexperts.data.blend import open_blend
 from megatron_anyexperts.data.config import DataConfig
 from megatron_anyexperts.data.cookers import cook
 from megatron_anyexperts.data.encode import DocumentEncoder
-from megatron_anyexperts.data.faults import DataFeedError, FaultLedger
+from megatron_anyexperts.data.faults import DataFeedError, FaultLedger, Quarantine
 from megatron_anyexperts.data.packing import assemble_row, collate, pack_rows, row_order
 from megatron_anyexperts.data.samples import MODALITY_CODES, Planned, SampleError
 from megatron_anyexperts.data.shard_reader import ShardReader
@@ -27,7 +27,8 @@ class ValidationLoader:
     matter how they are dealt to ranks; a smaller split is repeated. After `microbatches` steps it starts over.
 
     Args:
-        blend, config, shape, tokenizer, seq_length, micro_batch_size, dp_rank, dp_size: as for `MicrobatchLoader`.
+        blend, config, shape, tokenizer, seq_length, micro_batch_size, dp_rank, dp_size, quarantine: as for
+            `MicrobatchLoader`.
         microbatches: microbatches of one evaluation on one rank: evaluation steps times microbatches per step.
 
     Attributes:
@@ -48,9 +49,10 @@ class ValidationLoader:
         dp_rank: int,
         dp_size: int,
         microbatches: int,
+        quarantine: Path | None = None,
     ) -> None:
         self.ledger = FaultLedger(config.data_error_budget, config.data_error_rate)
-        self._encoder = DocumentEncoder(config, shape, Vocabulary(tokenizer), seq_length)
+        self._encoder = DocumentEncoder(config, shape, Vocabulary(tokenizer), seq_length, Quarantine(quarantine))
         self._pad_id = self._encoder.vocabulary.special["<|pad|>"]
         needed = microbatches * micro_batch_size * dp_size
         rows = self._rows(blend, config, needed)

@@ -51,6 +51,11 @@ class Run:
         return self.logs / "metrics.jsonl"
 
     @property
+    def quarantine(self) -> Path:
+        """Samples that killed a decoder, one JSON object a line."""
+        return self.logs / "quarantine.jsonl"
+
+    @property
     def heartbeats(self) -> Path:
         return self.logs / "heartbeat"
 

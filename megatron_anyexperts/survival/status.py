@@ -128,7 +128,10 @@ def _restarts(events: list[dict[str, Any]], now: float, shown: int = 5) -> list[
     kind = "attempt" if any(event.get("event") == "attempt" for event in events) else "start"
     starts = [event for event in events if event.get("event") == kind]
     notes = [
-        event for event in events if event.get("event") in _NOTED and (event.get("reason") or event.get("summary"))
+        event
+        for event in events
+        if event.get("event") in _NOTED
+        and (event.get("reason") or event.get("summary"))
     ]
     lines = [f"{'restarts':<13} {max(0, len(starts) - 1)}"]
     for event in notes[-shown:]:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from megatron_anyexperts.data.build.sources import SOURCES
 from megatron_anyexperts.data.build.sources.base import Source
+from megatron_anyexperts.media import MAX_AUDIO_SECONDS, MAX_PIXELS, MAX_VIDEO_SECONDS
 
 
 class CorpusError(ValueError):
@@ -24,7 +25,7 @@ class Limits(_Section):
 
     max_media_bytes: int = Field(256 * 2**20, gt=0)
     """Bytes of one media file; larger files are not read."""
-    max_pixels: int = Field(64_000_000, gt=0)
+    max_pixels: int = Field(MAX_PIXELS, gt=0)
     """Pixels of an image or a video frame, checked before decoding."""
     min_side: int = Field(8, gt=0)
     """Shorter side of an image or video frame in pixels."""
@@ -32,8 +33,10 @@ class Limits(_Section):
     """Longer over shorter side of an image or video frame."""
     min_seconds: float = Field(0.05, ge=0)
     """Length of audio and video."""
-    max_audio_seconds: float = Field(1800.0, gt=0)
-    max_video_seconds: float = Field(3600.0, gt=0)
+    max_audio_seconds: float = Field(MAX_AUDIO_SECONDS, gt=0)
+    """To be raised together with --data-audio-max-seconds of training."""
+    max_video_seconds: float = Field(MAX_VIDEO_SECONDS, gt=0)
+    """To be raised together with --data-video-max-seconds."""
     min_text_chars: int = Field(1, ge=1)
     """Characters of the text of a sample without surrounding white space."""
     max_text_chars: int = Field(4_000_000, gt=0)

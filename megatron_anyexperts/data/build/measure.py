@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from megatron_anyexperts.data.build.corpus import Corpus, Estimate
-from megatron_anyexperts.data.build.probe import Facts
+from megatron_anyexperts.data.build.facts import Facts
 from megatron_anyexperts.data.build.sample import Sample
 from megatron_anyexperts.data.vocabulary import Vocabulary
 

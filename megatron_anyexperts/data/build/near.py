@@ -1,10 +1,9 @@
 """Near-duplicates: signatures of texts (MinHash) and images (perceptual hash), and who repeats an earlier one."""
 
-import io
-
 import numpy as np
-from PIL import Image
 
+from megatron_anyexperts.data.build.perceptual import perceptual_hash
+from megatron_anyexperts.data.build.probe import in_decoder
 from megatron_anyexperts.data.build.sample import Sample
 
 PERMUTATIONS = 64
@@ -25,17 +24,11 @@ def text_signature(sample: Sample) -> np.ndarray:
     return signature.hashvalues.astype(np.uint64)
 
 
-def image_signature(sample: Sample) -> int:
+def image_signature(sample: Sample, max_pixels: int) -> int:
     """Perceptual hash of a sample's first medium if that is an image, else 0."""
-    import imagehash
-
     if not sample.media or sample.media[0].type != "image":
         return 0
-    with Image.open(io.BytesIO(sample.media[0].data)) as image:
-        rgba = image.convert("RGBA")
-    # Transparent pixels would show whatever colour the file happens to store for them.
-    flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("L")
-    return int(str(imagehash.phash(flat)), 16)
+    return in_decoder(perceptual_hash, sample.media[0].data, max_pixels)
 
 
 def repeated_texts(signatures: np.ndarray, kinds: np.ndarray, threshold: float) -> np.ndarray:

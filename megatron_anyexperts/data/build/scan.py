@@ -9,7 +9,8 @@ import numpy as np
 
 from megatron_anyexperts.data.build import near
 from megatron_anyexperts.data.build.corpus import Corpus, Limits
-from megatron_anyexperts.data.build.probe import Facts, probe
+from megatron_anyexperts.data.build.facts import Facts
+from megatron_anyexperts.data.build.probe import probe
 from megatron_anyexperts.data.build.sample import KINDS, Rejected, Sample
 from megatron_anyexperts.data.build.sources.base import Chunk
 from megatron_anyexperts.data.build.unforeseen import foreseen, guarded
@@ -98,8 +99,11 @@ def scan_chunk(corpus: Corpus, chunk: Chunk, crashed: set[int] = frozenset(), on
             with foreseen():
                 found = check(item, corpus.limits)
                 row = _row(position, item)
-                image = near.image_signature(item) if corpus.dedup.near_image is not None else None
-                text = near.text_signature(item) if corpus.dedup.near_text is not None else None
+                image = text = None
+                if corpus.dedup.near_image is not None:
+                    image = near.image_signature(item, corpus.limits.max_pixels)
+                if corpus.dedup.near_text is not None:
+                    text = near.text_signature(item)
         except Rejected as problem:
             problem.origin = item.origin
             rejected.append(describe(problem))

@@ -13,9 +13,10 @@ UNFORESEEN = "unforeseen error"
 
 def rejection(error: Exception, origin: str = "") -> Rejected:
     """The rejection that an unexpected exception becomes; its detail says what was raised and where in the code."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno})" if frames else ""
-    return Rejected(UNFORESEEN, f"{type(error).__name__}: {error}".split("\n")[0][:200] + place, origin)
+    place = getattr(error, "place", "")  # in the decoder process
+    if not place and (frames := traceback.extract_tb(error.__traceback__)):
+        place = f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}"
+    return Rejected(UNFORESEEN, f"{type(error).__name__}: {error}".split("\n")[0][:200] + f" ({place})", origin)
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_anyexperts.data.build.corpus import Corpus
+from megatron_anyexperts.data.build.facts import Facts
 from megatron_anyexperts.data.build.files import write_json
 from megatron_anyexperts.data.build.measure import MODALITIES, TokenCounter, measures
 from megatron_anyexperts.data.build.plan import ShardPlan
-from megatron_anyexperts.data.build.probe import Facts
 from megatron_anyexperts.data.build.sample import DOCUMENT_KIND, Rejected, Sample
 from megatron_anyexperts.data.build.scan import describe, load_scan, scan_path
 from megatron_anyexperts.data.build.sources.base import Chunk
@@ -97,7 +97,7 @@ def write_shard(corpus: Corpus, chunks: Mapping[int, Chunk], plan: ShardPlan, ou
             for key, chunk, item, facts in _planned_items(corpus, chunks, plan, output / ".build", rejected):
                 try:
                     with foreseen():
-                        item, facts = transform(item, facts, corpus.transform)
+                        item, facts = transform(item, facts, corpus.transform, corpus.limits)
                         tokens, measured = counter.count(item, facts), measures(item, facts)
                         check_tokens(tokens["text"], corpus.limits.max_tokens)
                         fields, media = document(item, facts)

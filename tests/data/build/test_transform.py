@@ -15,8 +15,8 @@ from tests.data.build.raw import mp4, png, wav
 def changed(kind: str, data: bytes, **options):
     """Facts as reported and as probed after a change, and the bytes."""
     sample = Sample(kind, {}, [Media(kind, data)])
-    result, [fact] = transform(sample, [probe(sample.media[0], Limits())], Transform(**options))
-    again, _ = transform(sample, [probe(sample.media[0], Limits())], Transform(**options))
+    result, [fact] = transform(sample, [probe(sample.media[0], Limits())], Transform(**options), Limits())
+    again, _ = transform(sample, [probe(sample.media[0], Limits())], Transform(**options), Limits())
     assert again.media[0].data == result.media[0].data
     return fact, probe(result.media[0], Limits()), result.media[0].data
 
@@ -53,5 +53,5 @@ def test_what_cannot_be_converted_is_rejected():
     sample = Sample("image", {}, [Media("image", png(1))])
     facts = [probe(sample.media[0], Limits())]
     sample.media[0].data = b"damaged"
-    with pytest.raises(Rejected, match="cannot be converted"):
-        transform(sample, facts, Transform(image_max_side=8))
+    with pytest.raises(Rejected, match="unreadable image"):
+        transform(sample, facts, Transform(image_max_side=8), Limits())

@@ -40,10 +40,13 @@ def make_loader(tokenizer):
     """Builds loaders and stops their workers after the test."""
     loaders = []
 
-    def make(blend: Path, dp_rank: int = 0, dp_size: int = 1, *, endless: bool = True, micro_batch_size=1, **settings):
+    def make(
+        blend: Path, dp_rank=0, dp_size=1, *, endless=True, micro_batch_size=1, quarantine=None, **settings
+    ) -> MicrobatchLoader:
         config = dataclasses.replace(CONFIG, **settings)
         loader = MicrobatchLoader(
-            blend, config, SHAPE, tokenizer, 256, micro_batch_size, dp_rank, dp_size, seed=7, endless=endless
+            blend, config, SHAPE, tokenizer, 256, micro_batch_size, dp_rank, dp_size, seed=7, endless=endless,
+            quarantine=quarantine,
         )
         loaders.append(loader)
         return loader

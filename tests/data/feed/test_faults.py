@@ -1,5 +1,6 @@
 """What training sees when shards, samples, storage or workers fail."""
 
+import json
 import os
 import signal
 import time
@@ -87,6 +88,54 @@ def test_workers_outlive_the_sigterm_that_asks_for_a_checkpoint(make_loader, tex
     assert loader.save_state().rounds == 3
     loader.close()
     assert not any(worker.is_alive() for worker in workers)
+
+
+DEADLY = b"this picture kills its decoder"
+SITECUSTOMIZE = f"""
+import ctypes
+import PIL.JpegImagePlugin as plugin
+
+decode = plugin.JpegImageFile.load_prepare
+
+def load_prepare(self):
+    if {DEADLY!r} in self.fp.getvalue():
+        ctypes.string_at(0)  # a read from address 0: SIGSEGV
+    return decode(self)
+
+plugin.JpegImageFile.load_prepare = load_prepare
+"""
+
+
+def test_a_picture_that_kills_its_decoder_costs_one_sample_and_stays_out_after_a_restart(
+    make_loader, tmp_path, monkeypatch
+):
+    samples = [corpus.crude("image_text", index) for index in range(40)]
+    corpus.write_dataset(tmp_path / "clean/image_text", "image_text", samples, 8)
+    samples[17]["jpg"] += DEADLY
+    corpus.write_dataset(tmp_path / "image_text", "image_text", samples, 8)
+    (tmp_path / "plugin").mkdir()
+    (tmp_path / "plugin/sitecustomize.py").write_text(SITECUSTOMIZE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}/plugin", prepend=os.pathsep)
+    blend, listed = corpus.write_blend(tmp_path, {"image_text": 1.0}), tmp_path / "run/quarantine.jsonl"
+
+    def read(loader, rounds: int) -> list[set[str]]:
+        return [keys(loader, 4) for _ in range(rounds)]
+
+    first = make_loader(blend, quarantine=listed)
+    before = read(first, 2)
+    state = first.state_for_checkpoint()
+    after = read(first, 6)
+    assert first.ledger.lost >= 1
+    lines = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert {(line["key"], line["stage"]) for line in lines} == {("image_text/image_text-00017", "decode")}
+    assert "signal 11 (SIGSEGV)" in lines[0]["reason"]
+    again = make_loader(blend, quarantine=listed)
+    again.restore(state)
+    assert read(again, 6) == after
+    # All that is missing beside the same data without the fault is the one sample.
+    undamaged = make_loader(corpus.write_blend(tmp_path / "clean", {"image_text": 1.0}))
+    whole = read(undamaged, 8)
+    assert [row - {"image_text/image_text-00017"} for row in whole] == before + after
 
 
 def test_a_missing_blend_is_named(make_loader, tmp_path):

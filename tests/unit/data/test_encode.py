@@ -132,8 +132,8 @@ def test_limits_that_never_fit_a_row_are_refused_at_the_start(vocabulary):
         ("text", {"json": b'{"text": " "}'}, "'text' is missing or empty"),
         ("image_text", {"json": b'{"caption": "x"}'}, "no image member"),
         ("image_text", {"json": b'{"caption": "x"}', "jpg": b"junk"}, "unreadable image"),
-        ("audio_text", {"json": b'{"transcript": "x"}', "wav": b"RIFFjunk"}, "damaged audio"),
-        ("video_text", {"json": b'{"caption": "x"}', "mp4": b"#EXTM3U\nhttp://x/"}, "damaged video"),
+        ("audio_text", {"json": b'{"transcript": "x"}', "wav": b"RIFFjunk"}, "unreadable audio"),
+        ("video_text", {"json": b'{"caption": "x"}', "mp4": b"#EXTM3U\nhttp://x/"}, "unreadable video"),
         ("interleaved", {"json": b'{"segments": [{"type": "image", "media": "9.jpg"}]}'}, "missing member '9.jpg'"),
         ("interleaved", {"json": b'{"segments": 5}'}, "not a list"),
         ("chat", {"json": b'{"messages": [{"role": "boss", "content": "x"}]}'}, "role 'boss'"),
@@ -150,5 +150,5 @@ def test_a_truncated_picture_is_found_when_it_is_decoded(encoder):
     whole = corpus.image_bytes(1, width=400, height=300)
     document = cooked("image_text", jpg=whole[: len(whole) * 3 // 4])
     [planned] = encoder.plan(document)
-    with pytest.raises(SampleError, match="damaged image"):
+    with pytest.raises(SampleError, match="unreadable image"):
         encoder.decode(planned)

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_anyexperts.data.config import DataConfig
-from megatron_anyexperts.data.faults import ErrorBudgetExceeded, FaultLedger, over_budget
+from megatron_anyexperts.data.faults import ErrorBudgetExceeded, FaultLedger, Quarantine, over_budget
+from megatron_anyexperts.data.samples import SampleError
 
 
 @settings(deadline=None)
@@ -50,3 +51,17 @@ def test_settings_out_of_range_name_field_and_value(settings):
 def test_tolerance_is_no_part_of_the_sample_order():
     assert DataConfig(data_error_budget=5, data_storage_retries=9).order_fields() == DataConfig().order_fields()
     assert DataConfig(data_run_length=5).order_fields() != DataConfig().order_fields()
+
+
+def test_a_sample_in_quarantine_is_refused_at_its_stage_by_all_that_share_the_list(tmp_path):
+    path = tmp_path / "logs/quarantine.jsonl"
+    one, other = Quarantine(path), Quarantine(path)
+    for quarantine in (one, other):
+        quarantine.add("image_text/abc", "decode", "decoding kills the process: signal 11 (SIGSEGV)")
+    assert len(path.read_text().splitlines()) == 1
+    for quarantine in (one, Quarantine(path)):
+        with pytest.raises(SampleError, match="in quarantine: .*quarantine.jsonl"):
+            quarantine.check("image_text/abc", "decode")
+        quarantine.check("image_text/abc", "plan")
+        quarantine.check("image_text/abd", "decode")
+    Quarantine().add("x", "plan", "kept by this process alone")

@@ -1,0 +1,148 @@
+"""Runs decoders in a process of its own, so that one that dies or hangs costs the medium it was given and nothing else.
+
+A fresh process, not a fork: it carries none of the threads, locks and connections of the process that uses it.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from megatron_anyexperts.data.media_forms import MediaError
+
+DECODE_SECONDS = 120.0
+"""Time after which decoding one medium counts as endless."""
+
+_PIPE_BYTES = 2**20  # a message that does not fit makes the two processes take turns
+
+_START = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); import {__name__} as d; d.serve(*sys.argv[2:])"
+
+
+class DecoderDied(MediaError):
+    """A medium whose decoding killed the decoder process, or did not end."""
+
+
+class DecoderProcess:
+    """Calls functions in a child process, which starts with the first call and again after it died.
+
+    It may be handed to forked processes: each of them starts a child of its own.
+
+    Args:
+        seconds: for one call.
+    """
+
+    def __init__(self, seconds: float = DECODE_SECONDS):
+        self._seconds = seconds
+        self._owner = 0
+        self._process: subprocess.Popen | None = None
+        self._calls: Connection | None = None
+        self._answers: Connection | None = None
+
+    def run[T](self, function: Callable[..., T], *arguments) -> T:
+        """Call a function of a module; arguments, result and exceptions are copied.
+
+        A call whose child dies is made once more: only who kills two is taken for the cause.
+
+        Raises:
+            DecoderDied: a signal ended the child, or it took too long, twice.
+            RuntimeError: the child cannot be started.
+            Exception: whatever the function raises; its attribute `place` says where.
+        """
+        try:
+            return self._run(function, arguments)
+        except DecoderDied:
+            return self._run(function, arguments)
+
+    def _run(self, function: Callable, arguments: tuple):
+        if self._owner != os.getpid():
+            self._start()
+        try:
+            self._calls.send((function, arguments))
+            if not self._answers.poll(self._seconds):
+                self.close()
+                raise DecoderDied("decoding does not end", f"stopped after {self._seconds:g} s")
+            done, result = self._answers.recv()
+        except (EOFError, ConnectionError):
+            code = self._process.wait()
+            self.close()
+            if code >= 0:
+                raise RuntimeError(f"the decoder process ended with code {code}; its message is above") from None
+            raise DecoderDied("decoding kills the process", _signal_name(-code)) from None
+        if done:
+            return result
+        raise result
+
+    def _start(self) -> None:
+        (read_calls, write_calls), (read_answers, write_answers) = _wide_pipe(), _wide_pipe()
+        theirs = read_calls, write_answers
+        command = [sys.executable, "-c", _START, json.dumps(sys.path), *map(str, theirs), str(os.getpid())]
+        try:
+            self._process = subprocess.Popen(command, pass_fds=theirs, stdin=subprocess.DEVNULL)
+        finally:
+            for descriptor in theirs:
+                os.close(descriptor)
+        self._calls = Connection(write_calls, readable=False)
+        self._answers = Connection(read_answers, writable=False)
+        self._owner = os.getpid()
+
+    def close(self) -> None:
+        """End the child; the next call starts another."""
+        if self._owner == os.getpid():
+            self._owner = 0
+            self._process.kill()
+            self._process.wait()
+            self._calls.close()
+            self._answers.close()
+
+    def __del__(self):
+        self.close()
+
+
+def _wide_pipe() -> tuple[int, int]:
+    read, write = os.pipe()
+    with contextlib.suppress(OSError):  # the system may allow less
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    return read, write
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"signal {number}"
+
+
+def serve(calls: str, answers: str, parent: str) -> None:
+    """Answer calls until the other end is closed; the main function of the child."""
+    # Whoever signals the process group means the parent, which ends this one in time.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_follow, args=(int(parent),), daemon=True).start()
+    calls, answers = Connection(int(calls), writable=False), Connection(int(answers), readable=False)
+    while True:
+        try:
+            function, arguments = calls.recv()
+        except (EOFError, ConnectionError):
+            return
+        try:
+            answer = True, function(*arguments)
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            error.place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+            answer = False, error
+        answers.send(answer)
+
+
+def _follow(parent: int) -> None:
+    # A decoder that hangs would not notice that the other end is closed.
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
