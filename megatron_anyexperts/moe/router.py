@@ -91,7 +91,8 @@ class AnyExpertsRouter(TopKRouter):
         self._maintain_float32_expert_bias()
         if self.training:
             self.control.undo_if_rerunning()
-        logits = self.gating(self.apply_input_jitter(input))
+        # Megatron 0.19 jitters in evaluation too, which then has no fixed result and moves the generator of training.
+        logits = self.gating(self.apply_input_jitter(input) if self.training else input)
         if self.config.moe_router_force_load_balancing:
             logits = apply_random_logits(logits)
         if self.config.moe_router_force_biased is not None:

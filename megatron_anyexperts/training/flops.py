@@ -68,7 +68,7 @@ class ModelFlops:
 
     Args:
         config: the decoder's.
-        pattern: Megatron's hybrid layer pattern; the see `knows`.
+        pattern: Megatron's hybrid layer pattern; see `knows`.
         vocabulary: columns of the output layer.
         encoders: sizes, and which parts are frozen.
         shape: media geometry.

@@ -235,12 +235,16 @@ def test_forced_routing_keeps_the_slots_and_moves_the_experts(one_rank, forced):
         assert real.max() / real.mean() < 1.15
 
 
-def test_jitter_moves_logits_in_training(one_rank):
+def test_jitter_moves_logits_in_training_only(one_rank):
     built = router(moe_input_jitter_eps=0.2)
     hidden, importance = batch()
     first, second = built(hidden, None, importance), built(hidden, None, importance)
     assert torch.equal(first.slots_T, second.slots_T)
     assert not torch.equal(first.gates_TE, second.gates_TE)
+    built.eval()
+    generator = torch.get_rng_state()
+    assert torch.equal(built(hidden, None, importance).gates_TE, built(hidden, None, importance).gates_TE)
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 def test_virtual_bias_moves_the_choice_and_not_the_gates(one_rank):
