@@ -76,6 +76,21 @@ def test_a_killed_worker_is_a_clear_stop_and_saving_does_not_hang(make_loader, t
         loader.save_state()
 
 
+@pytest.mark.slow
+def test_storage_that_hangs_stops_the_run_within_the_watchdogs_time(make_loader, text_blend):
+    shard = text_blend.parent / "text/shard-003.tar"
+    shard.unlink()
+    os.mkfifo(shard)  # opening it waits for a writer that never comes
+    loader = make_loader(text_blend, data_watchdog_seconds=2.0)
+    started = time.monotonic()
+    with pytest.raises(DataFeedError, match="a data worker of dp_rank=0 failed: .*restart the job"):
+        for _ in range(100):
+            next(loader)
+    assert 2 < time.monotonic() - started < 60
+    with pytest.raises(DataFeedError, match="no state to save"):
+        loader.save_state()
+
+
 def test_workers_outlive_the_sigterm_that_asks_for_a_checkpoint(make_loader, text_blend):
     loader = make_loader(text_blend)
     for _ in range(4):
