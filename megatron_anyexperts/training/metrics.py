@@ -149,6 +149,7 @@ def _over_whole_intervals(training_log: Callable[..., bool]) -> Callable[..., bo
         first = is_first_iteration and iteration % get_args().log_interval != 0
         return training_log(loss_dict, totals, learning_rate, iteration, *others, is_first_iteration=first, **named)
 
+    wrapper.over_whole_intervals = True
     return wrapper
 
 
@@ -158,5 +159,5 @@ def install() -> None:
     Megatron-Core 0.19.2 prints the first step after a start without clearing its sums, even where an interval ends with
     that step; the next interval's means would then contain it again.
     """
-    if not hasattr(training.training_log, "__wrapped__"):
+    if not hasattr(training.training_log, "over_whole_intervals"):
         training.training_log = _over_whole_intervals(training.training_log)
