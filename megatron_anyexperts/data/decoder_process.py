@@ -6,6 +6,7 @@ A fresh process, not a fork: it carries none of the threads, locks and connectio
 import contextlib
 import fcntl
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -14,7 +15,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+
+import numpy as np
 
 from megatron_anyexperts.data.media_forms import MediaError
 
@@ -22,8 +26,17 @@ DECODE_SECONDS = 120.0
 """Time after which decoding one medium counts as endless."""
 
 _PIPE_BYTES = 2**20  # a message that does not fit makes the two processes take turns
+_SHARED_BYTES = 2**25  # for arrays, which would be copied four times through a pipe; no memory until it is used
 
 _START = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); import {__name__} as d; d.serve(*sys.argv[2:])"
+
+
+@dataclass(frozen=True)
+class _SharedArray:
+    """An array that lies at the start of the shared memory."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 class DecoderDied(MediaError):
@@ -45,6 +58,7 @@ class DecoderProcess:
         self._process: subprocess.Popen | None = None
         self._calls: Connection | None = None
         self._answers: Connection | None = None
+        self._shared: mmap.mmap | None = None
 
     def run[T](self, function: Callable[..., T], *arguments) -> T:
         """Call a function of a module; arguments, result and exceptions are copied.
@@ -76,16 +90,21 @@ class DecoderProcess:
             if code >= 0:
                 raise RuntimeError(f"the decoder process ended with code {code}; its message is above") from None
             raise DecoderDied("decoding kills the process", _signal_name(-code)) from None
-        if done:
-            return result
-        raise result
+        if not done:
+            raise result
+        if isinstance(result, _SharedArray):
+            return np.ndarray(result.shape, result.dtype, self._shared).copy()
+        return result
 
     def _start(self) -> None:
         (read_calls, write_calls), (read_answers, write_answers) = _wide_pipe(), _wide_pipe()
-        theirs = read_calls, write_answers
+        shared = os.memfd_create("decoder")
+        os.ftruncate(shared, _SHARED_BYTES)
+        theirs = read_calls, write_answers, shared
         command = [sys.executable, "-c", _START, json.dumps(sys.path), *map(str, theirs), str(os.getpid())]
         try:
             self._process = subprocess.Popen(command, pass_fds=theirs, stdin=subprocess.DEVNULL)
+            self._shared = mmap.mmap(shared, _SHARED_BYTES)
         finally:
             for descriptor in theirs:
                 os.close(descriptor)
@@ -101,9 +120,17 @@ class DecoderProcess:
             self._process.wait()
             self._calls.close()
             self._answers.close()
+            self._shared.close()
 
     def __del__(self):
         self.close()
+
+
+def _put(result, shared: mmap.mmap):
+    if not isinstance(result, np.ndarray) or not 0 < result.nbytes <= _SHARED_BYTES:
+        return result
+    np.ndarray(result.shape, result.dtype, shared)[...] = result
+    return _SharedArray(result.shape, result.dtype)
 
 
 def _wide_pipe() -> tuple[int, int]:
@@ -120,12 +147,13 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def serve(calls: str, answers: str, parent: str) -> None:
+def serve(calls: str, answers: str, shared: str, parent: str) -> None:
     """Answer calls until the other end is closed; the main function of the child."""
     # Whoever signals the process group means the parent, which ends this one in time.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_follow, args=(int(parent),), daemon=True).start()
+    shared = mmap.mmap(int(shared), _SHARED_BYTES)
     calls, answers = Connection(int(calls), writable=False), Connection(int(answers), readable=False)
     while True:
         try:
@@ -133,7 +161,7 @@ def serve(calls: str, answers: str, parent: str) -> None:
         except (EOFError, ConnectionError):
             return
         try:
-            answer = True, function(*arguments)
+            answer = True, _put(function(*arguments), shared)
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             error.place = f"{os.path.basename(frame.filename)}:{frame.lineno}"

@@ -62,7 +62,7 @@ def _by_content(data: bytes) -> str:
     start, four = data[:12], data[:4]
     if four == b"OggS":
         return "ogg"
-    if four in (b"RIFF", b"RIFX", b"RF64", b"BW64") and start[8:] == b"WAVE":
+    if four in (b"RIFF", b"RF64", b"BW64") and start[8:] == b"WAVE":
         return "wav"
     if four == b"RIFF" and start[8:] == b"AVI ":
         return "avi"
