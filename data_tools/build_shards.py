@@ -56,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--workers",
         type=int,
-        help="processes to use here; 0 works in this very process, where a crashing decoder ends the build "
+        help="processes to use here; 0 works in this very process "
         "(default: one per core; 0 with --mpi)",
     )
     parser.add_argument(

@@ -110,7 +110,7 @@ def run_tasks(tasks: Sequence[Task], share: Share, workers: int, on_done: Callab
     Args:
         tasks: the same list for every participant.
         share: which tasks to begin with.
-        workers: processes to use; 0 runs in this process, where a decoder that crashes ends the build.
+        workers: processes to use; 0 runs in this process.
         on_done: called once per task.
     """
     queue = to_do(tasks, share)

@@ -13,12 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from megatron_anyexperts.data.build import probe as probe_module
 from megatron_anyexperts.data.build.build import build
 from megatron_anyexperts.data.build.corpus import Limits
 from megatron_anyexperts.data.build.probe import probe
 from megatron_anyexperts.data.build.sample import Media, Rejected, Sample
 from megatron_anyexperts.data.build.scan import scan_chunk
 from megatron_anyexperts.data.build.workers import Share
+from megatron_anyexperts.data.decoder_process import DecoderProcess
+from tests.data import deadly
 from tests.data.build.raw import corpus_of, data_url, mp4, png, tree_bytes, wav, write, write_lines
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -241,6 +244,23 @@ def aborting(sample, limits):
 
 scan.check = aborting
 """
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_kills_its_decoder_is_rejected_with_the_signal(tmp_path, monkeypatch, workers):
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), "red").save(buffer, "JPEG")
+    for number in range(6):
+        write(tmp_path / f"images/{number}.jpg", buffer.getvalue() + (deadly.MARK if number == 4 else b"%d" % number))
+        write(tmp_path / f"images/{number}.txt", f"Picture {number}.")
+    write(tmp_path / "plugin/sitecustomize.py", deadly.SITECUSTOMIZE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}/plugin", prepend=":")
+    monkeypatch.setattr(probe_module, "_DECODER", DecoderProcess())  # one that starts with this environment
+    corpus = corpus_of(tmp_path, {"type": "image_folder", "path": "images"}, validation_fraction=0)
+    manifest = build(corpus, tmp_path / "out", Share(), workers, quiet=True)
+    assert manifest["samples"] == 5 and manifest["rejected"] == {"decoding kills the process": 1}
+    line = json.loads((tmp_path / "out/rejected.jsonl").read_text())
+    assert line["origin"] == "images:4.jpg" and line["detail"] == "signal 11 (SIGSEGV)"
 
 
 def test_formats_are_recognised_by_content_not_by_name():

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from megatron_anyexperts.data.faults import DataFeedError, ErrorBudgetExceeded
+from tests.data import deadly
 from tests.data.feed import corpus
 
 
@@ -105,31 +106,15 @@ def test_workers_outlive_the_sigterm_that_asks_for_a_checkpoint(make_loader, tex
     assert not any(worker.is_alive() for worker in workers)
 
 
-DEADLY = b"this picture kills its decoder"
-SITECUSTOMIZE = f"""
-import ctypes
-import PIL.JpegImagePlugin as plugin
-
-decode = plugin.JpegImageFile.load_prepare
-
-def load_prepare(self):
-    if {DEADLY!r} in self.fp.getvalue():
-        ctypes.string_at(0)  # a read from address 0: SIGSEGV
-    return decode(self)
-
-plugin.JpegImageFile.load_prepare = load_prepare
-"""
-
-
 def test_a_picture_that_kills_its_decoder_costs_one_sample_and_stays_out_after_a_restart(
     make_loader, tmp_path, monkeypatch
 ):
     samples = [corpus.crude("image_text", index) for index in range(40)]
     corpus.write_dataset(tmp_path / "clean/image_text", "image_text", samples, 8)
-    samples[17]["jpg"] += DEADLY
+    samples[17]["jpg"] += deadly.MARK
     corpus.write_dataset(tmp_path / "image_text", "image_text", samples, 8)
     (tmp_path / "plugin").mkdir()
-    (tmp_path / "plugin/sitecustomize.py").write_text(SITECUSTOMIZE)
+    (tmp_path / "plugin/sitecustomize.py").write_text(deadly.SITECUSTOMIZE)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}/plugin", prepend=os.pathsep)
     blend, listed = corpus.write_blend(tmp_path, {"image_text": 1.0}), tmp_path / "run/quarantine.jsonl"
 
