@@ -129,6 +129,11 @@ def _refuse(args: argparse.Namespace) -> None:
             f"--expert-model-parallel-size={args.expert_model_parallel_size} does not divide "
             f"--num-experts={args.num_experts}; use a divisor of the number of experts"
         )
+    if args.step_batch_size_schedule is not None and args.global_batch_size is not None:
+        raise UsageError(
+            f"--global-batch-size={args.global_batch_size} contradicts --step-batch-size-schedule "
+            f'"{args.step_batch_size_schedule}"; leave one out, such as by --unset global-batch-size'
+        )
     if args.multi_latent_attention:
         raise UsageError("--multi-latent-attention: its configuration class knows no dynamic slots; leave it out")
     if args.async_save and not torch.cuda.is_available():

@@ -12,7 +12,6 @@ from megatron.core import mpu
 from megatron.training import get_args
 
 from megatron_anyexperts.data.config import DataConfig
-from megatron_anyexperts.data.elastic import check_global_batch
 from megatron_anyexperts.data.loader import MicrobatchLoader
 from megatron_anyexperts.data.validation import ValidationLoader
 from megatron_anyexperts.media import MediaShape
@@ -55,7 +54,6 @@ class DataProvider:
         common = data_settings(args)
         train = None
         if not args.skip_train:
-            check_global_batch(args.global_batch_size, args.micro_batch_size, args.data_streams)
             train = MicrobatchLoader(**common, micro_batch_size=args.micro_batch_size, seed=args.seed)
             self.checkpoints.restore_data(train)
             self._open_sample_log(args)

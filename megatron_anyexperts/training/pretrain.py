@@ -71,9 +71,10 @@ def check(args: argparse.Namespace) -> None:
         UsageError: the way out is in the message.
     """
     from megatron_anyexperts.data.config import DataConfig
-    from megatron_anyexperts.data.elastic import check_global_batch, streams_per_rank
+    from megatron_anyexperts.data.elastic import streams_per_rank
     from megatron_anyexperts.media import MediaShape
     from megatron_anyexperts.models.build import refuse_unsupported
+    from megatron_anyexperts.training import batch_sizes
     from megatron_anyexperts.training.config import RunConfig
     from megatron_anyexperts.training.learning_rates import LearningRateConfig
 
@@ -95,7 +96,7 @@ def check(args: argparse.Namespace) -> None:
     for config in (DataConfig, RunConfig):
         config(**{field.name: getattr(args, field.name) for field in fields(config)})
     streams_per_rank(args.data_streams, args.data_parallel_size)
-    check_global_batch(args.global_batch_size, args.micro_batch_size, args.data_streams)
+    batch_sizes.check(args)
 
 
 def pretrain(

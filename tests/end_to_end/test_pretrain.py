@@ -143,3 +143,25 @@ def test_throughput_is_that_of_training_steps_only(noisy):
         assert 0 < step_s < line["time"] - before["time"]
         assert 0 <= line["data_wait_share"] <= 1
         assert line["tflops_per_gpu"] > 0 and "mfu" not in line  # a CPU has no known peak
+
+
+@pytest.mark.slow
+def test_a_growing_batch_trains_the_same_samples_on_any_number_of_ranks(corpus, tmp_path):
+    without = [word for name in ("global-batch-size", "train-iters", "lr-warmup-iters") for word in ("--unset", name)]
+    growing = (
+        *without,
+        "--train-samples",
+        "24",
+        "--lr-warmup-samples",
+        "4",
+        "--step-batch-size-schedule",
+        "0:2 1024:4",
+    )
+    whole = pretrain(corpus, tmp_path / "whole", *growing)
+    pretrain(corpus, tmp_path / "broken", *growing, "--exit-interval", "3")
+    resumed = pretrain(corpus, tmp_path / "broken", *growing, "--expert-model-parallel-size", "2", ranks=2)
+    # 1024 tokens are 8 rows of 128
+    assert [line["consumed_samples"] for line in runlog.read_metrics(whole.run)] == [2, 4, 6, 8, 12, 16, 20, 24]
+    assert read_sample_log(resumed.run.samples) == read_sample_log(whole.run.samples)
+    for iteration, loss in whole.losses.items():
+        assert math.isclose(loss, resumed.losses[iteration], rel_tol=1e-5), iteration

@@ -1,9 +1,10 @@
 import argparse
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from megatron_anyexperts.training.arguments import UsageError, config_to_argv, read_config
+from megatron_anyexperts.training.arguments import UsageError, _refuse, config_to_argv, read_config
 
 
 @pytest.fixture
@@ -52,3 +53,11 @@ def test_underscores_and_dashes_are_the_same(tmp_path):
 def test_a_missing_file_is_named():
     with pytest.raises(UsageError, match="no/such.yaml"):
         read_config("no/such.yaml")
+
+
+def test_a_batch_size_beside_a_schedule_is_refused_with_the_way_out():
+    args = SimpleNamespace(
+        num_experts=4, expert_model_parallel_size=1, step_batch_size_schedule="0:2 1K:4", global_batch_size=4
+    )
+    with pytest.raises(UsageError, match="--global-batch-size=4 .*--unset global-batch-size"):
+        _refuse(args)
