@@ -42,10 +42,14 @@ def main() -> int:
             raise UsageError("name the old checkpoint with --load and a new directory with --save")
         if args.world_size > 1:
             raise UsageError(f"{args.world_size} processes; run it as one, the result loads in any parallel layout")
-        from megatron_anyexperts.training.pretrain import model_provider
+        from megatron_anyexperts.training import comparison, identity
+        from megatron_anyexperts.training.pretrain import model_provider, transformer_config
         from megatron_anyexperts.training.upcycling import upcycle
 
-        upcycle(model_provider(), Path(args.load), Path(args.save))
+        settings = identity.settings(args, transformer_config(args))
+        if old := comparison.starting_point(args, own=False):
+            print(comparison.compare(args, settings, old, new_shapes=True))
+        identity.write(upcycle(model_provider(), Path(args.load), Path(args.save)), settings)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -22,8 +22,8 @@ def append_event(run: Run, event: str, **fields: Any) -> None:
     Args:
         run: the run it happened to.
         event: a single word. The launcher writes "attempt", "preflight", "hang", "exit" and "stop"; training writes
-            "start", "saved", "save_failed", "not_saved", "room", "config", "lock", "fallback", "exit", "crash" and
-            "finished".
+            "start", "load", "saved", "save_failed", "not_saved", "room", "config", "lock", "fallback", "exit", "crash"
+            and "finished".
     """
     append(run.events, {"time": round(time.time(), 3), "event": event} | fields)
 

@@ -27,7 +27,8 @@ from megatron_anyexperts.survival.heartbeat import Heartbeat
 from megatron_anyexperts.survival.lock import RunLock
 from megatron_anyexperts.survival.manifest import TRACKER, begin_save, file_sizes, iteration_directory, seal
 from megatron_anyexperts.survival.run import Run
-from megatron_anyexperts.training import resume
+from megatron_anyexperts.training import identity, resume, schedule
+from megatron_anyexperts.training.comparison import RunSettings
 from megatron_anyexperts.training.resume import CheckpointError
 from megatron_anyexperts.training.together import attempt, on_rank_0, problem_of, shared_digest, tried_on_rank_0
 
@@ -47,6 +48,7 @@ class Checkpoints:
         max_failed: failed saves in a row that end the run; 0 for no limit.
         heartbeat: told of saves, which may take much longer than a step.
         lock: rank 0's hold on the run, without which nothing is written any more.
+        settings: what checkpoints say they were saved with, compared with the one that is loaded; None: nothing.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Checkpoints:
         max_failed: int = 0,
         heartbeat: Heartbeat | None = None,
         lock: RunLock | None = None,
+        settings: RunSettings | None = None,
     ):
         self.run = run
+        self.settings = settings
         self.heartbeat = heartbeat
         self.lock = lock
         self.keep_last = keep_last
@@ -156,7 +160,13 @@ class Checkpoints:
 
     def _write(self, folder: Path, write: Callable[[], None]) -> str:
         """Have all ranks write their parts of a checkpoint; return the first problem, or ""."""
-        _, error = tried_on_rank_0(lambda: begin_save(folder))
+
+        def begin() -> None:
+            begin_save(folder)
+            if self.settings is not None:
+                identity.write(folder, self.settings.values)
+
+        _, error = tried_on_rank_0(begin)
         return problem_of(error) or attempt(lambda: self._save_data_state(folder)) or attempt(write)
 
     def _divert(self, args: argparse.Namespace, save_dir: Path, iteration: int) -> Callable[[], None]:
@@ -254,6 +264,7 @@ class Checkpoints:
         source = args.load
         if args.pretrained_checkpoint and not megatron_checkpointing.checkpoint_exists(args.load):
             source = args.pretrained_checkpoint  # as Megatron chooses
+        changed_schedule = self._compare(args)
         try:
             loaded = self._load(model, optimizer, scheduler, *arguments, **keywords)
         except (Exception, CheckpointException) as error:
@@ -262,11 +273,26 @@ class Checkpoints:
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise CheckpointError(
                 f"the checkpoint in {source} does not fit this run: {reason}; "
-                "use the model settings it was saved with, or another --run-dir (or --load) for a new model"
+                "use the settings it was saved with, --change-schedule for another schedule, or another --run-dir (or "
+                "--load) for a new model"
             ) from error
         if own.iteration not in (None, loaded[0]):
             raise CheckpointError(f"{source}: the directory of iteration {own.iteration} holds iteration {loaded[0]}")
+        if changed_schedule and args.override_opt_param_scheduler and scheduler is not None:
+            schedule.reposition(scheduler, args, loaded[0])
         return loaded
+
+    def _compare(self, args: argparse.Namespace) -> bool:
+        """Compare again when the checkpoint is not the one expected at the start; whether the schedule is a new one."""
+
+        def look() -> bool:
+            if self.settings is None:
+                return False
+            if self.settings.compare(args):
+                self.settings.announce(self.run)
+            return self.settings.compared is not None and self.settings.compared.schedule_changed
+
+        return on_rank_0(look)
 
     def restore_data(self, loader: Any) -> None:
         """Put the training loader where the loaded checkpoint left the data; a fresh run starts at the beginning.

@@ -1,7 +1,7 @@
 """Flags of a training run that neither Megatron nor the other groups declare."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_anyexperts.survival.run import Run
@@ -32,6 +32,14 @@ class RunConfig:
     peak_tflops_per_gpu: float | None = None
     """Dense bf16 peak of a GPU in TFLOP/s, of which the logged `mfu` is a share. None: that of a known GPU; without one
     no `mfu` is logged."""
+
+    change_schedule: bool = False
+    """On resume: go on with the length, learning rates, weight decay and batch size of this command line where they
+    differ from the checkpoint's. The rate at an iteration is then what these flags give at that iteration."""
+
+    accept_change: list[str] = field(default_factory=list)
+    """Names of flags that may differ from the checkpoint's although its weights were trained for another value, such
+    as rotary-base."""
 
     def __post_init__(self):
         if self.peak_tflops_per_gpu is not None and not self.peak_tflops_per_gpu > 0:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_anyexperts.training import identity
 from megatron_anyexperts.training.arguments import UsageError
 from megatron_anyexperts.training.bailing import Bailing, Mapped, mapping
 from megatron_anyexperts.training.checkpoint_stream import CheckpointReader, Chunk, write_release
@@ -103,6 +104,7 @@ def import_weights(source: Path, target: Path) -> Path:
 
     architecture = sizes.pattern, sizes.hidden_size, sizes.num_attention_heads
     written = write_release(target, [chunk(box) for box in boxes], *architecture)
+    identity.write(written, identity.of_flags(sizes.flags()))
     (target / "model.yaml").write_text(yaml.safe_dump(sizes.flags(), sort_keys=False))
     return written
 

@@ -11,7 +11,8 @@ import torch
 
 from megatron_anyexperts.platform import cpu
 from megatron_anyexperts.training.arguments import UsageError, parse
-from megatron_anyexperts.training.pretrain import DEFAULTS, check, model_provider
+from megatron_anyexperts.training.comparison import RunSettings
+from megatron_anyexperts.training.pretrain import DEFAULTS, check, model_provider, transformer_config
 
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
@@ -51,7 +52,7 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
         the model in evaluation mode, without data-parallel wrapper.
 
     Raises:
-        UsageError: there is no checkpoint.
+        UsageError: there is no checkpoint, or it is of another model.
     """
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -66,6 +67,10 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
     )
     args.no_load_optim = args.no_load_rng = True
     args.exit_on_missing_checkpoint = False
+    settings = RunSettings(args, transformer_config(args), own=False)
+    settings.compare(args)
+    if args.rank == 0:
+        settings.announce(run=None)
     load_checkpoint(model, None, None)
     # What it returns is 0 both without a checkpoint and for weights without a training state (converted, upcycled).
     args.iteration = get_loaded_iteration()

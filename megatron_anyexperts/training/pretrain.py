@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from multiprocessing.managers import SyncManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -25,6 +25,9 @@ from megatron_anyexperts.survival.lost_writes import tolerate_full_disk
 from megatron_anyexperts.survival.run import Run
 from megatron_anyexperts.survival.signals import live_with_parent
 from megatron_anyexperts.training.arguments import UsageError, parse
+
+if TYPE_CHECKING:
+    from megatron_anyexperts.training.comparison import RunSettings
 
 DEFAULTS = {"tokenizer_type": "HuggingFaceTokenizer"}
 
@@ -121,9 +124,14 @@ def pretrain(
     try:
         args = parse(cli, defaults)
         check(args)
+        from megatron_anyexperts.training import schedule
+        from megatron_anyexperts.training.comparison import RunSettings
         from megatron_anyexperts.training.data import blend_file
 
         blend_file(args.data_path)
+        schedule.check(args)
+        settings = RunSettings(args, transformer_config(args))
+        settings.foresee(args)
     except (ValueError, AssertionError) as error:
         raise UsageError(str(error)) from error
     run = Run(Path(args.run_dir)).create() if args.run_dir else None
@@ -135,8 +143,11 @@ def pretrain(
             runlog.append_event(run, event, **fields)
 
     log("start", world_size=args.world_size, restart=int(os.environ.get("SLURM_RESTART_COUNT", 0)))
+    if args.rank == 0:
+        settings.announce(run)
+    args.override_opt_param_scheduler |= args.change_schedule
     try:
-        _run_megatron(args, run, lock, held_out(args) if held_out else None)
+        _run_megatron(args, run, lock, settings, held_out(args) if held_out else None)
     except SystemExit as stop:
         # Megatron leaves its loop this way after a signal, a time limit or an exit interval, having saved.
         log("exit", iteration=args.curr_iteration, code=stop.code)
@@ -170,7 +181,9 @@ def _take(run: Run) -> RunLock:
     return lock
 
 
-def _run_megatron(args: argparse.Namespace, run: Run | None, lock: RunLock | None, held_out: HeldOut | None) -> None:
+def _run_megatron(
+    args: argparse.Namespace, run: Run | None, lock: RunLock | None, settings: RunSettings, held_out: HeldOut | None
+) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.enums import ModelType
     from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
@@ -178,7 +191,7 @@ def _run_megatron(args: argparse.Namespace, run: Run | None, lock: RunLock | Non
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_anyexperts.media import MediaShape
-    from megatron_anyexperts.training import curves, learning_rates, metrics, upstream
+    from megatron_anyexperts.training import curves, learning_rates, metrics, schedule, upstream
     from megatron_anyexperts.training.checkpoints import Checkpoints
     from megatron_anyexperts.training.data import DataProvider
     from megatron_anyexperts.training.forward_step import ForwardStep
@@ -191,9 +204,10 @@ def _run_megatron(args: argparse.Namespace, run: Run | None, lock: RunLock | Non
     filesystem_async._results_queue = manager.Queue()
     upstream.install()
     learning_rates.install()
+    schedule.install()
     heartbeat = heartbeats.start_heartbeat(run, args.rank) if run else None
     checkpoints = Checkpoints(
-        run, args.keep_last_checkpoints, args.keep_every_checkpoint, args.max_failed_saves, heartbeat, lock
+        run, args.keep_last_checkpoints, args.keep_every_checkpoint, args.max_failed_saves, heartbeat, lock, settings
     )
     checkpoints.install()
     curves.install(args)

@@ -61,21 +61,6 @@ def test_expert_parallelism_that_does_not_divide_the_experts(corpus, tmp_path):
     assert "3" in text and "2" in text and "expert" in text
 
 
-def test_checkpoint_of_another_model(corpus, tmp_path):
-    pretrain(corpus, tmp_path / "run", "--exit-interval", "1")
-    result = pretrain(corpus, tmp_path / "run", "--hidden-size", "48", "--num-attention-heads", "4", succeed=False)
-    text = message(result)
-    assert "does not fit this run" in text
-    intact = pretrain(corpus, tmp_path / "run", "--exit-interval", "2")
-    assert 2 in intact.losses
-
-
-def test_changed_data_settings_are_refused_on_resume(corpus, tmp_path):
-    pretrain(corpus, tmp_path / "run", "--exit-interval", "1")
-    text = message(pretrain(corpus, tmp_path / "run", "--data-packing-buffer", "6", succeed=False))
-    assert "data" in text
-
-
 @pytest.fixture
 def truncated(corpus, tmp_path):
     """The corpus with every text shard cut off in the middle."""

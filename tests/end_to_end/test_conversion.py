@@ -75,6 +75,8 @@ def upcycled(corpus: Path, proxies: dict[Path, Finished], tmp_path_factory) -> P
     folder, config = tmp_path_factory.mktemp("upcycled"), tmp_path_factory.mktemp("config") / "on_gpus.yaml"
     config.write_text(DYNAMIC.read_text().partition("# without Transformer Engine")[0] + ON_GPUS)
     words = ("--tokenizer-model", corpus / "tokenizer", "--load", proxies[FIXED].run.checkpoints, "--save", folder)
+    refused = run("upcycle.py", "--config", config, *words, "--rotary-base", "500", code=2)
+    assert "--rotary-base 600000 in the checkpoint, 500 now" in refused
     run("upcycle.py", "--config", config, *words)
     return folder
 
@@ -86,6 +88,7 @@ def test_upcycled_model_answers_with_the_slots_it_had(corpus: Path, upcycled: Pa
     # A new model would give 5 or 6.
     (prompt,) = [line for line in output.splitlines() if line.startswith("  prompt: ")]
     assert set(re.findall(r"\d\.\d\d", prompt)) == {"4.00"}
+    assert f"taking the weights of {upcycled / 'release'}; the settings are those" in output
     output = run("generate.py", *ask, "--load", tmp_path, "--finetune", code=2)
     assert f"no checkpoint in {tmp_path}" in output
 

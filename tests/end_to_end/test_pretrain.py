@@ -98,6 +98,7 @@ def test_resuming_in_the_same_layout_is_bit_identical(noisy):
     whole, _, resumed = noisy
     assert list(whole.losses) == [1, 2, 3, 4, 5, 6]
     assert {step: resumed.losses[step] for step in (4, 5, 6)} == {step: whole.losses[step] for step in (4, 5, 6)}
+    assert "the settings are those it was saved with" in resumed.output
 
 
 def test_a_line_of_three_steps_is_what_three_lines_say(noisy):

@@ -1,10 +1,15 @@
 import argparse
+import re
+import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from megatron_anyexperts.training.arguments import UsageError, _refuse, config_to_argv, read_config
+from megatron_anyexperts.training.arguments import UsageError, _refuse, config_to_argv, merge, read_config
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -61,3 +66,15 @@ def test_a_batch_size_beside_a_schedule_is_refused_with_the_way_out():
     )
     with pytest.raises(UsageError, match="--global-batch-size=4 .*--unset global-batch-size"):
         _refuse(args)
+
+
+def test_the_documented_changes_of_a_schedule_are_flags(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = Path("docs/survival.md").read_text().split("## Extending a run")[1].split("\n## ")[0]
+    [command] = re.findall(r"```\n(.*?)```", page, re.DOTALL)
+    words = shlex.split(command.replace("\\\n", " ").split("pretrain_multimodal.py")[1])
+    assert merge(words)[-3:] == ["--train-iters", "320", "--change-schedule"]
+    others = [shlex.split(each) for each in re.findall(r"`(--[^`]* --change-schedule)`", page)]
+    assert len(others) == 2
+    for flags in others:
+        assert merge([*words[:2], *flags])[-len(flags) :] == flags
