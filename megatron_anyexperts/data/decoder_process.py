@@ -8,6 +8,7 @@ import fcntl
 import json
 import mmap
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +27,7 @@ from megatron_anyexperts.data.media_forms import MediaError
 DECODE_SECONDS = 120.0
 """Time after which decoding one medium counts as endless."""
 
+_MEMORY_BYTES = 2**34  # address space; a medium that needs more is refused instead of ending the machine
 _PIPE_BYTES = 2**20  # a message that does not fit makes the two processes take turns
 _SHARED_BYTES = 2**25  # for arrays, which would be copied four times through a pipe; no memory until it is used
 
@@ -152,6 +155,10 @@ def serve(calls: str, answers: str, shared: str, parent: str) -> None:
     # Whoever signals the process group means the parent, which ends this one in time.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # a file that fills the memory ends this process first
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # its death is no news
     threading.Thread(target=_follow, args=(int(parent),), daemon=True).start()
     shared = mmap.mmap(int(shared), _SHARED_BYTES)
     calls, answers = Connection(int(calls), writable=False), Connection(int(answers), readable=False)

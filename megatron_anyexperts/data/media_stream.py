@@ -16,6 +16,9 @@ from megatron_anyexperts.data.media_forms import MediaError, brief, stream_form
 
 av.logging.set_level(av.logging.PANIC)
 
+MAX_SAMPLE_RATE = 768_000
+"""Above, resampling takes memory for what can only be a damaged number."""
+
 _FULL_SCALE = {"u8": 2.0**7, "s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63}
 
 
@@ -87,6 +90,8 @@ def decode_sound(data: bytes, extension: str, max_seconds: float) -> list[Sound]
 def _runs(frames: Iterator[av.AudioFrame], max_seconds: float) -> Iterator[Sound]:
     form, clip, seconds = None, None, 0.0
     for frame in frames:
+        if not 0 < frame.sample_rate <= MAX_SAMPLE_RATE:
+            raise MediaError("unreadable audio", f"{frame.sample_rate} samples a second, limit {MAX_SAMPLE_RATE}")
         seconds += frame.samples / frame.sample_rate
         if seconds > max_seconds:
             raise MediaError("too long", f"more than {max_seconds} s")

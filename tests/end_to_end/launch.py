@@ -44,7 +44,7 @@ def start_ranks(entry: Path, ranks: int, words: list[str]) -> list[subprocess.Po
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",
             "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
         command = [sys.executable, str(entry), *words]
         processes.append(

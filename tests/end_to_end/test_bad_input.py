@@ -1,9 +1,13 @@
 """What a user gets wrong ends in one clear message and a non-zero exit code."""
 
+import json
+import os
 import shutil
 
 import pytest
 
+from megatron_anyexperts.survival.run import Run
+from tests.data import deadly
 from tests.end_to_end.launch import TINY, pretrain
 
 
@@ -70,10 +74,19 @@ def truncated(corpus, tmp_path):
     return tmp_path / "corpus"
 
 
-def test_samples_of_a_truncated_shard_are_listed_and_training_goes_on(truncated, tmp_path):
+def test_samples_that_are_cut_or_kill_their_decoder_are_listed_and_training_goes_on(truncated, tmp_path, monkeypatch):
+    shard = truncated / "shards/image_text/shard-000.tar"
+    *pictures, rest = shard.read_bytes().split(b"\xff\xd9")  # the end marker
+    marked = [part[: -len(deadly.MARK)] + deadly.MARK for part in pictures]
+    shard.write_bytes(b"\xff\xd9".join([*marked, rest]))
+    (tmp_path / "sitecustomize.py").write_text(deadly.SITECUSTOMIZE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     result = pretrain(truncated, tmp_path / "run")
     assert "lost sample shard-" in result.output
+    assert "lost sample image_text/" in result.output and "decoding kills the process: signal 11" in result.output
     assert 6 in result.losses
+    listed = [json.loads(line) for line in Run(tmp_path / "run").quarantine.read_text().splitlines()]
+    assert listed and all(line["key"].startswith("image_text/") and line["stage"] == "decode" for line in listed)
 
 
 def test_a_truncated_shard_stops_the_run_when_the_budget_is_spent(truncated, tmp_path):

@@ -11,7 +11,7 @@ from megatron_anyexperts.data.build.sample import Media, Rejected
 from megatron_anyexperts.data.decoder_process import DecoderProcess
 from megatron_anyexperts.data.media_forms import MediaError
 
-_DECODER = DecoderProcess()
+_DECODER = DecoderProcess(seconds=1800)  # a long video is decoded completely
 
 
 def in_decoder[T](function, *arguments) -> T:

@@ -2,6 +2,15 @@
 
 from pathlib import Path
 
+from megatron_anyexperts.media import MAX_AUDIO_SECONDS, MAX_PIXELS, MAX_VIDEO_SECONDS
+
+LOADER_LIMITS = (
+    ("max_pixels", MAX_PIXELS, "--data-image-max-pixels"),
+    ("max_audio_seconds", MAX_AUDIO_SECONDS, "--data-audio-max-seconds"),
+    ("max_video_seconds", MAX_VIDEO_SECONDS, "--data-video-max-seconds"),
+)
+"""Limits of a corpus, what the loader accepts by default, and its flag for more."""
+
 
 def table(rows: list[list], header: list[str]) -> str:
     """Columns aligned: the first to the left, numbers to the right, thousands separated."""
@@ -33,6 +42,9 @@ def summary(manifest: dict, output: Path) -> str:
     lines.append(f"{manifest['items']:,} items = {manifest['samples']:,} samples + {total:,} rejected")
     for reason, count in sorted(rejected.items(), key=lambda item: -item[1]):
         lines.append(f"  {count:10,}  {reason}")
+    for limit, shared, flag in LOADER_LIMITS:
+        if (ours := manifest["corpus"]["limits"][limit]) > shared:
+            lines.append(f"training needs {flag} {ours:g} to read all samples of this corpus")
     lines.append(f"corpus: {output}   blend: {output / 'blend.yaml'}   rejected: {output / 'rejected.jsonl'}")
     return "\n".join(lines)
 

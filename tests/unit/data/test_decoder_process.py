@@ -48,6 +48,13 @@ def test_a_call_without_end_is_given_up(decoder):
         decoder._run(time.sleep, (60,))
 
 
+def test_a_call_that_takes_all_memory_is_refused_and_the_child_lives_on(decoder):
+    child = decoder.run(os.getpid)
+    with pytest.raises(MemoryError):
+        decoder.run(bytes, 2**35)
+    assert decoder.run(os.getpid) == child
+
+
 def test_a_forked_process_uses_a_child_of_its_own(decoder):
     ours = decoder.run(os.getpid)
     read, write = os.pipe()

@@ -46,6 +46,13 @@ def test_every_sample_format_is_scaled_to_one(form, layout):
     np.testing.assert_allclose(mono, wave[0], atol=0.01)
 
 
+def test_an_absurd_sample_rate_is_rejected_before_it_costs_memory():
+    data = bytearray(corpus.wav_bytes(0))
+    data[24:28] = (2_000_000_000).to_bytes(4, "little")
+    with pytest.raises(MediaError, match="unreadable audio: 2000000000 samples a second, limit 768000"):
+        decode_sound(bytes(data), "wav", 30)
+
+
 def test_sound_that_is_not_finite_is_rejected():
     samples = np.zeros((1, 4000), np.float32)
     samples[0, 7] = np.nan
