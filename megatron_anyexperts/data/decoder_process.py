@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import numpy as np
@@ -114,19 +115,22 @@ class DecoderProcess:
         self._calls = Connection(write_calls, readable=False)
         self._answers = Connection(read_answers, writable=False)
         self._owner = os.getpid()
+        # Also runs when a worker process ends in order, which calls no destructors.
+        Finalize(self, _end, (self._process,), exitpriority=10)
 
     def close(self) -> None:
         """End the child; the next call starts another."""
         if self._owner == os.getpid():
             self._owner = 0
-            self._process.kill()
-            self._process.wait()
+            _end(self._process)
             self._calls.close()
             self._answers.close()
             self._shared.close()
 
-    def __del__(self):
-        self.close()
+
+def _end(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
 
 
 def _put(result, shared: mmap.mmap):
