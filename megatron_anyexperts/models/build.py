@@ -8,6 +8,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
+from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_anyexperts.config import AnyExpertsConfig
 from megatron_anyexperts.media import MediaShape
@@ -190,10 +191,13 @@ def build_encoders(
 
 
 def freeze(model: MultimodalModel, encoders: EncoderConfig) -> None:
-    """Switch off the gradients of the parts that `encoders` names."""
+    """Switch off the gradients of the parts that `encoders` names; with the decoder's its routers' controllers rest."""
     for name, parameter in model.named_parameters():
         if getattr(encoders, f"freeze_{part_of(name)}"):
             parameter.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, TopKRouter):  # ours sees it by its weight, Megatron's own does not
+            module.frozen_expert_bias = encoders.freeze_decoder
 
 
 def part_of(name: str) -> str:

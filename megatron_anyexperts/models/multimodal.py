@@ -13,6 +13,7 @@ from megatron_anyexperts.models.attention_inputs import AttentionInputs, attenti
 from megatron_anyexperts.models.audio import AudioEncoder
 from megatron_anyexperts.models.specs import uses_transformer_engine
 from megatron_anyexperts.models.vision import VisionEncoder
+from megatron_anyexperts.moe.losses import token_weights
 
 VISION_CODES = (1, 3)
 """`token_modality` of image and of video placeholders; the vision encoder fills both."""
@@ -47,6 +48,10 @@ class MultimodalModel(MegatronModule):
         self.language_model = language_model
         self.model_type = ModelType.encoder_or_decoder
         self.transformer_engine = uses_transformer_engine(self.config)
+        self._padding_mask_BS: Tensor | None = None
+        if language_model.mtp_process and not self.config.anyexperts_stock_moe:
+            # `HybridModel` 0.19 does not hand the mask to its prediction layers, which take it, and shift it.
+            language_model.mtp.register_forward_pre_hook(self._with_padding_mask, with_kwargs=True)
 
     # What Megatron's schedules, gradient finalisation and checkpointing ask a model for.
     @property
@@ -142,10 +147,10 @@ class MultimodalModel(MegatronModule):
             ]
             embedded = self.language_model.embedding(input_ids=tokens, position_ids=position_ids)
             decoder_input = self._fill(embedded, [found for found in features if found is not None])
-        attention, padding_mask = AttentionInputs(), None
+        attention, self._padding_mask_BS = AttentionInputs(), None
         if segment_ids is not None:
             attention = attention_inputs(segment_ids, self.transformer_engine)
-            padding_mask = self._padding_mask(segment_ids)
+            self._padding_mask_BS = self._padding_mask(segment_ids, loss_mask)
             if loss_mask is not None and attention.packed_seq_params is None:
                 loss_mask = within_documents(loss_mask, segment_ids)
         return self.language_model(
@@ -156,16 +161,27 @@ class MultimodalModel(MegatronModule):
             labels=labels,
             loss_mask=loss_mask,
             packed_seq_params=attention.packed_seq_params,
-            padding_mask=padding_mask,
+            padding_mask=self._padding_mask_BS,
             inference_context=inference_context,
             runtime_gather_output=runtime_gather_output,
         )
 
-    def _padding_mask(self, segment_ids_BS: Tensor) -> Tensor | None:
-        """bool [B, S], true for padding; under sequence parallelism this rank's part of S, like the hidden states."""
-        if self.config.anyexperts_stock_moe and self.config.moe_router_enable_expert_bias:
+    def _padding_mask(self, segment_ids_BS: Tensor, loss_mask_BS: Tensor | None) -> Tensor | None:
+        """What the mixture layers take as such, [B, S].
+
+        For ours the `token_weights` by which a microbatch's router losses weigh like its language-model loss: a tensor
+        argument, so that a layer that is recomputed gets it too. For Megatron's own bool, true for padding, and under
+        sequence parallelism this rank's part of S.
+        """
+        padding_BS = segment_ids_BS == 0
+        if not self.config.anyexperts_stock_moe:
+            return token_weights(padding_BS, loss_mask_BS)
+        if self.config.moe_router_enable_expert_bias:
             return None  # Megatron-Core 0.19.2 cannot combine the two: a shape error in TopKRouter._apply_expert_bias
-        return self._local_part(segment_ids_BS == 0, dim=1)
+        return self._local_part(padding_BS, dim=1)
+
+    def _with_padding_mask(self, module: MegatronModule, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, {**kwargs, "padding_mask": self._padding_mask_BS}
 
     def _local_part(self, x: Tensor, dim: int) -> Tensor:
         if not self.config.sequence_parallel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from megatron.core import rerun_state_machine
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads as stock_finalize_model_grads
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import RerunState
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -58,10 +60,13 @@ def next_virtual_bias(bias: Tensor, tokens: Tensor, real: Tensor, target: float,
 class RouterControl(torch.nn.Module):
     """State and counters of one router's controllers; no parameters.
 
+    Those of a router whose weight is frozen (`requires_grad`) stand still in training.
+
     Attributes:
         slot_offset: fp32 [1], persistent; added to importance.
         virtual_bias: fp32 [1], persistent; added to the virtual columns' logits for selection only.
-        counts: int64 [4], this step's local tokens, slots, real slots and movable tokens; padding excluded.
+        counts: int64 [4], this step's local tokens, slots, real slots and movable tokens; padding and non-finite tokens
+            excluded.
         calibrating: count in evaluation too; see `calibration`.
     """
 
@@ -83,31 +88,30 @@ class RouterControl(torch.nn.Module):
         return super()._apply(keep_fp32, recurse)
 
     @torch.no_grad()
-    def count(self, soft_T: Tensor, slots_T: Tensor, real_used_TK: Tensor, padding_T: Tensor | None) -> None:
+    def count(self, soft_T: Tensor, slots_T: Tensor, real_used_TK: Tensor, valid_T: Tensor) -> None:
         """Add one microbatch of local tokens.
 
         Args:
             soft_T: continuous slot count.
-            slots_T: int64, slots.
+            slots_T: int64, slots; 0 for tokens that take no part.
             real_used_TK: bool, which of the token's real candidates are in use.
-            padding_T: bool, True for padding, or None.
+            valid_T: bool, the tokens that take part.
         """
         config = self.config
         if config.anyexperts_target_slots is None and config.anyexperts_target_real is None:
             return
-        movable_T = (soft_T > config.anyexperts_k_min) & (soft_T < config.anyexperts_k_max)
-        tokens = len(slots_T)
-        if padding_T is not None:
-            valid_T = ~padding_T
-            slots_T, real_used_TK = slots_T * valid_T, real_used_TK & valid_T.unsqueeze(1)
-            movable_T, tokens = movable_T & valid_T, valid_T.sum()
-        self.counts[0] += tokens
-        self.counts[1:] += torch.stack((slots_T.sum(), real_used_TK.sum(), movable_T.sum()))
+        movable_T = (soft_T > config.anyexperts_k_min) & (soft_T < config.anyexperts_k_max) & valid_T
+        self.counts += torch.stack((valid_T.sum(), slots_T.sum(), real_used_TK.sum(), movable_T.sum()))
 
     def remember(self, expert_bias: Tensor | None) -> None:
         """Keep the state before an update, in case the rerun machine repeats the step."""
         state = [self.slot_offset, self.virtual_bias] + ([] if expert_bias is None else [expert_bias])
         self._before = [(tensor, tensor.clone()) for tensor in state]
+
+    def keep_if(self, finite: Tensor) -> None:
+        """Take the last update back unless `finite`, a bool scalar."""
+        for tensor, before in self._before:
+            tensor.copy_(torch.where(finite, tensor, before))
 
     def undo_if_rerunning(self) -> None:
         """Take the last update back while the rerun machine repeats its step: a repeat must see the same state."""
@@ -189,8 +193,9 @@ def calibration(model: list[torch.nn.Module]) -> Iterator[Callable[[], None]]:
 def finalize_model_grads(model, num_tokens=None, pg_collection=None, force_all_reduce=False) -> None:
     """Megatron's gradient finalisation, then the controllers; installed by `AnyExpertsConfig`.
 
-    Runs before the optimizer, hence also when it then skips the step (the counts are as valid), and again when the
-    rerun machine repeats the step (routers then undo the first update before they route).
+    Runs before the optimizer. A step whose gradients are not all finite, which an optimizer with a loss scale then
+    skips, moves nothing: what overflowed may have been the hidden states that were routed. Runs again when the rerun
+    machine repeats the step; routers then undo the first update before they route.
     """
     routers = _routers(model)
     for router in routers:
@@ -200,10 +205,33 @@ def finalize_model_grads(model, num_tokens=None, pg_collection=None, force_all_r
         if _zero_mean(router):
             router.expert_bias -= router.expert_bias.mean()
     update_controllers(model)
+    config = get_model_config(model[0])
+    if config.moe_router_enable_expert_bias or config.anyexperts_target_slots or config.anyexperts_target_real:
+        finite = gradients_are_finite(model, pg_collection)
+        for router in routers:
+            router.control.keep_if(finite)
+
+
+@torch.no_grad()
+def gradients_are_finite(model: list[torch.nn.Module], pg_collection: ProcessGroupCollection | None = None) -> Tensor:
+    """Return whether all gradients on all ranks are finite, a bool scalar; collective, without waiting for a GPU.
+
+    Args:
+        model: model chunks of this rank, gradients reduced.
+        pg_collection: process groups; Megatron's global ones if None.
+    """
+    parameters = (parameter for chunk in model for parameter in chunk.parameters() if parameter.requires_grad)
+    gradients = [gradient for p in parameters if (gradient := getattr(p, "main_grad", p.grad)) is not None]
+    largest = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
+    finite = largest.isfinite().to(torch.cuda.current_device(), torch.int32)
+    groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp_dp_cp", "pp"])
+    for group in (groups.tp_dp_cp, groups.pp):
+        torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN, group=group)
+    return finite.bool()
 
 
 def _zero_mean(router) -> bool:
-    if router.expert_bias is None or router.frozen_expert_bias:
+    if router.expert_bias is None or router.frozen_expert_bias or not router.weight.requires_grad:
         return False
     kind = router.config.anyexperts_expert_bias_update
     return kind == "zero_mean" or (kind == "auto" and bool(router.config.anyexperts_virtual_experts))

@@ -14,10 +14,11 @@ class RoutingDecision:
         routing_map_TE: bool; real slots.
         virtual_gate_T: router dtype; summed gates of the token's virtual slots; differentiable. None without virtual
             experts.
-        importance_T: fp32 in (0, 1), detached.
-        slots_T: int64; real and virtual slots of the token.
+        importance_T: fp32 in (0, 1), detached; 0.5 for tokens that are not finite.
+        slots_T: int64; real and virtual slots of the token; 0 for padding and for tokens that are not finite.
         fallback_gates_TE: gates that eligible real experts without a slot would get, 0 elsewhere; differentiable.
             None when the dispatch cap is off.
+        nonfinite_T: bool; tokens whose logits or importance are NaN or Inf. None: all are known to be finite.
     """
 
     gates_TE: Tensor
@@ -26,3 +27,4 @@ class RoutingDecision:
     importance_T: Tensor
     slots_T: Tensor
     fallback_gates_TE: Tensor | None
+    nonfinite_T: Tensor | None = None

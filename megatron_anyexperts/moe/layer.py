@@ -65,10 +65,12 @@ class AnyExpertsMoELayer(MoELayer):
         Args:
             hidden_states: [S, B, H], a sequence shard under sequence parallelism.
             intermediate_tensors: must be None; Megatron passes it to run single stages.
-            padding_mask: bool [B, S], True for padding.
+            padding_mask: [B, S]; bool, True for padding, or the weights of `losses.token_weights`, fp32, 0 for padding.
+                With a bool mask the router's losses weigh as if every other token were a target.
 
         Returns:
-            [S, B, H] and None, for the bias that experts of this layer do not have.
+            [S, B, H] and None, for the bias that experts of this layer do not have. Padding gets no routed experts. A
+            token whose logits or importance are NaN or Inf gets none either, and its output is NaN.
         """
         if intermediate_tensors is not None:
             raise ValueError("the stages of a dynamic-slot layer cannot run one by one; see AnyExpertsConfig")
@@ -78,7 +80,7 @@ class AnyExpertsMoELayer(MoELayer):
                 "token once per tensor rank; add --sequence-parallel"
             )
         if padding_mask is not None:
-            padding_mask = local_positions(padding_mask.bool(), hidden_states.shape[0], self.attn_tp_group.rank())
+            padding_mask = local_positions(padding_mask, hidden_states.shape[0], self.attn_tp_group.rank())
         if not (self.moe_layer_recompute and self.training):
             return self._forward(hidden_states, padding_mask), None
         if self.config.fp8 or self.config.fp4:
@@ -108,13 +110,15 @@ class AnyExpertsMoELayer(MoELayer):
         gates = [gate for gate in (decision.virtual_gate_T, dispatched.displaced_gate_T) if gate is not None]
         if gates:
             output_TH = self.virtual(output_TH, hidden_TH, sum(gates))
-        observe(
-            self.layer_number + (self.config.num_layers if self.is_mtp_layer else 0),
-            decision,
-            dispatched.load,
-            hidden_SBH.shape[:2],
-            self.attn_tp_group.rank(),
-            self.training,
-        )
+        output_TH = output_TH.masked_fill(decision.nonfinite_T.unsqueeze(1), float("nan"))
+        if self.layer_number is not None:  # as Megatron's tracker: a layer without a number has no figures
+            observe(
+                self.layer_number + (self.config.num_layers if self.is_mtp_layer else 0),
+                decision,
+                dispatched.load,
+                hidden_SBH.shape[:2],
+                self.attn_tp_group.rank(),
+                self.training,
+            )
         output_SBH = output_TH.view_as(hidden_SBH)
         return output_SBH if shared_SBH is None else output_SBH + shared_SBH

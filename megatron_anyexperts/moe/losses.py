@@ -1,8 +1,57 @@
-"""Losses of dynamic routing: balance by actual real slots, slot budget, spread of importance."""
+"""Losses of dynamic routing: balance by actual real slots, slot budget, spread of importance; what tokens weigh."""
+
+from __future__ import annotations
 
 import torch
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
+
+# What a token of a microbatch without targets weighs: next to nothing, and yet it is no padding.
+LEAST_WEIGHT = 1e-30
+
+
+def token_weights(padding_BS: Tensor, loss_mask_BS: Tensor | None) -> Tensor:
+    """Return what each token weighs in the router's losses, fp32 [B, S], as the layer's `padding_mask` takes it.
+
+    Padding weighs 0, every other token targets / real tokens of the microbatch: a microbatch then weighs as much as in
+    a language-model loss that is summed over its targets.
+
+    Args:
+        padding_BS: bool, True for padding.
+        loss_mask_BS: float, 1 for targets; None: every token but padding is one.
+    """
+    real_BS = (~padding_BS).float()
+    if loss_mask_BS is None:
+        return real_BS
+    share = loss_mask_BS.float().sum() / real_BS.sum().clamp(min=1)
+    return real_BS * share.clamp(min=LEAST_WEIGHT)
+
+
+class TokenWeights:
+    """Which of the T local tokens take part in a microbatch, and what they weigh in its losses.
+
+    Attributes:
+        valid_T: bool; False for padding and for tokens that are not finite.
+        weight_T: fp32; positive exactly where valid, over all ranks of a microbatch as many as its targets.
+    """
+
+    def __init__(self, mask_SB: Tensor | None, finite_T: Tensor):
+        if mask_SB is None:
+            weight_T = finite_T.float()
+        else:
+            mask_T = mask_SB.reshape(-1)
+            weight_T = ((~mask_T).float() if mask_T.dtype == torch.bool else mask_T.float()) * finite_T
+        self.weight_T, self.valid_T = weight_T, weight_T > 0
+        self._totals: dict[torch.distributed.ProcessGroup, Tensor] = {}
+
+    def total(self, group: torch.distributed.ProcessGroup) -> Tensor:
+        """Return the weight of all ranks of `group` together, fp32 scalar; collective at the first call."""
+        if group not in self._totals:
+            total = self.weight_T.sum()
+            if group.size() > 1:
+                torch.distributed.all_reduce(total, group=group)
+            self._totals[group] = total
+        return self._totals[group]
 
 
 def balance_loss(scores_TE: Tensor, counts_E: Tensor, tokens: Tensor) -> Tensor:
@@ -25,12 +74,18 @@ def balance_loss(scores_TE: Tensor, counts_E: Tensor, tokens: Tensor) -> Tensor:
     return per_sequence.mean()
 
 
-def shared_mean(values_NT: Tensor, valid_T: Tensor | None, group: torch.distributed.ProcessGroup) -> Tensor:
-    """Return the means [N] over the valid tokens (None: all) of all ranks of `group`; 0 when there are none.
+def z_loss(logits_TC: Tensor, weights: TokenWeights, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Return the local ranks' addend of the mean of logsumexp(logits)^2 over the valid tokens of `group` (ST-MoE)."""
+    squares_T = logits_TC.logsumexp(-1).square()
+    return (squares_T * weights.weight_T).sum() / weights.total(group).clamp(min=LEAST_WEIGHT)
+
+
+def shared_mean(values_NT: Tensor, valid_T: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Return the means [N] over the valid tokens of all ranks of `group`; 0 when there are none.
 
     All ranks get the same value; each one's gradient is that of its own tokens, as for Megatron's balance losses.
     """
-    valid_T = torch.ones_like(values_NT[0]) if valid_T is None else valid_T.to(values_NT.dtype)
+    valid_T = valid_T.to(values_NT.dtype)
     sums = torch.cat((values_NT @ valid_T, valid_T.sum().unsqueeze(0)))
     sums = reduce_from_tensor_model_parallel_region(sums, group=group)
     return sums[:-1] / sums[-1].clamp(min=1)

@@ -46,18 +46,18 @@ def integer_slots(soft_T: Tensor, gradient: str) -> Tensor:
     return (soft_T.ceil() if gradient == "fractional" else (soft_T + 0.5).floor()).long()
 
 
-def trim_to_budget(slots_T: Tensor, importance_T: Tensor, k_min: int, budget: int) -> Tensor:
+def trim_to_budget(slots_T: Tensor, importance_T: Tensor, k_min: int, budget: Tensor | int) -> Tensor:
     """Take extra slots from the least important tokens until at most `budget` are left; no token falls below k_min.
 
     Unchanged when the sum is within the budget. Not causal: it looks at all T tokens.
 
     Args:
-        slots_T: int64, each at least k_min.
+        slots_T: int64, each at least k_min, or 0 for a token that takes no part.
         importance_T: fp32.
-        budget: slots; below k_min * T the result is k_min everywhere.
+        budget: slots, int64; where k_min each is more than that, the result is k_min each.
     """
     order_T = importance_T.argsort(stable=True)
-    extra_T = (slots_T - k_min)[order_T]
+    extra_T = (slots_T - k_min).clamp(min=0)[order_T]
     excess = (slots_T.sum() - budget).clamp(min=0)
     taken_before_T = extra_T.cumsum(0) - extra_T
     taken_T = torch.minimum(extra_T, (excess - taken_before_T).clamp(min=0))

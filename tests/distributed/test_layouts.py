@@ -1,4 +1,8 @@
-"""One model trains alike however it is laid out over ranks: losses, gradient norms, weights and controllers."""
+"""One model trains alike however it is laid out over ranks: losses, gradient norms, weights and controllers.
+
+About half of the tokens are targets, some are padding, by microbatch. The router's losses act, but `global_aux_loss`,
+whose loads grow from one microbatch of a rank to the next: see tests/unit/moe/test_layer_ranks.py.
+"""
 
 import re
 from dataclasses import dataclass
@@ -11,13 +15,15 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_anyexperts.models.specs import decoder_stack_spec
 from megatron_anyexperts.moe.controllers import update_controllers
+from megatron_anyexperts.moe.losses import token_weights
 from tests.multirank import run_ranks
 from tests.unit.models.small import VOCABULARY, small_config
 
-SEQUENCE, MICROBATCHES, STEPS, RATE, EPS = 16, 8, 3, 1.0, 0.3
+SEQUENCE, MICROBATCHES, STEPS, RATE, EPS = 16, 8, 3, 0.5, 0.3
 ROUTING = {
     "num_moe_experts": 8,
     "moe_router_topk": 2,
@@ -29,6 +35,12 @@ ROUTING = {
     "anyexperts_alpha": 0.2,
     "anyexperts_target_slots": 2.5,
     "anyexperts_target_real": 1.8,
+    "anyexperts_budget_loss_coeff": 0.05,
+    "anyexperts_spread_loss_coeff": 0.05,
+    "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+    "moe_aux_loss_coeff": [0.05, 0.05],
+    "moe_z_loss_coeff": 0.005,
+    "calculate_per_token_loss": True,
 }
 
 
@@ -88,11 +100,15 @@ class Layout:
 def _batch(step: int, microbatch: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1000 * step + microbatch)
     tokens = torch.randint(0, VOCABULARY // 8, (1, SEQUENCE + 1), generator=generator)
+    padding = (torch.arange(SEQUENCE) >= SEQUENCE - microbatch % 4)[None]
+    loss_mask = ((torch.rand(1, SEQUENCE, generator=generator) < 0.5) & ~padding).float()
     return {
         "input_ids": tokens[:, :-1],
         "labels": tokens[:, 1:],
         "position_ids": torch.arange(SEQUENCE)[None],
         "attention_mask": None,
+        "loss_mask": loss_mask,
+        "padding_mask": token_weights(padding, loss_mask),
     }
 
 
@@ -147,24 +163,32 @@ def _train_on_one_rank() -> tuple[list[float], list[float], dict, dict]:
     before = _state(model)
     # With this eps a step is nearly proportional to the gradient, so that its rounding is not blown up to the rate.
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), eps=EPS, weight_decay=0.0)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # as Megatron's schedules do
     losses, norms = [], []
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss = sum(model(**_batch(step, i)).mean() for i in range(MICROBATCHES)) / MICROBATCHES
+        batches = [_batch(step, i) for i in range(MICROBATCHES)]
+        targets = sum(batch["loss_mask"].sum() for batch in batches)
+        loss = sum((model(**batch) * batch["loss_mask"]).sum() for batch in batches)
         loss.backward()
+        for parameter in model.parameters():
+            parameter.grad /= targets
         update_controllers([model])
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norms.append(torch.nn.utils.get_total_norm(gradients).item())
         optimizer.step()
-        losses.append(loss.item())
+        losses.append((loss / targets).item())
     return losses, norms, before, _state(model)
 
 
 def _forward(batches, model):
-    def loss_of(output):
-        return output.mean(), {"loss": output.detach().mean()}
+    batch = next(batches)
 
-    return model(**next(batches)), loss_of
+    def loss_of(output):
+        loss, targets = (output * batch["loss_mask"]).sum(), batch["loss_mask"].sum().int()
+        return loss, targets, {"loss": torch.stack((loss.detach(), targets.float()))}
+
+    return model(**batch), loss_of
 
 
 def _train(layout: Layout, before: dict) -> tuple[list[float], list[float], list[HybridModel]]:
@@ -212,9 +236,9 @@ def _train(layout: Layout, before: dict) -> tuple[list[float], list[float], list
         success, norm, _ = optimizer.step()
         assert success
         norms.append(float(norm))
-        loss = sum(x["loss"] for x in reduced) / len(mine) if reduced else torch.zeros(())
+        loss = sum(x["loss"] for x in reduced) if reduced else torch.zeros(2)
         torch.distributed.all_reduce(loss)
-        losses.append(loss.item() / (ranks * layout.tensor))
+        losses.append((loss[0] / loss[1]).item())
     return losses, norms, chunks
 
 

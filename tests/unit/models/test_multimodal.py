@@ -53,7 +53,7 @@ def test_features_land_on_their_placeholders_in_order(make_model):
     text = [0, 3, 4, 9, 10, 11]
     embedded = model.language_model.embedding(batch["tokens"], batch["position_ids"])[:, 0]
     assert torch.equal(decoder_input[text], embedded[text])
-    assert seen["padding_mask"].tolist() == [[False] * 10 + [True] * 2]
+    assert seen["padding_mask"].tolist() == [[1.0] * 10 + [0.0] * 2]
 
 
 @pytest.mark.parametrize("routing", [STOCK, DYNAMIC])

@@ -7,8 +7,10 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_anyexperts.moe.layer import AnyExpertsMoELayer
+from megatron_anyexperts.moe.losses import token_weights
 from tests.unit.moe.builders import HIDDEN, config, layer
 
 TOKENS, ROWS = 16, 4
@@ -40,16 +42,24 @@ class Net(MegatronModule):
         super().__init__(cfg)
         self.layer = layer(cfg)
 
-    def forward(self, x):
-        return x + self.layer(x)[0]
+    def forward(self, x, padding_mask=None):
+        return x + self.layer(x, padding_mask=padding_mask)[0]
 
 
 def start(tensor: int = 1, expert: int = 1, **options) -> Net:
     """Set up process groups and build the same model in every layout."""
+    initialize(tensor, expert)
+    return build(tensor, expert, **options)
+
+
+def initialize(tensor: int, expert: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor, expert_model_parallel_size=expert, expert_tensor_parallel_size=1
     )
     model_parallel_cuda_manual_seed(1)
+
+
+def build(tensor: int, expert: int, **options) -> Net:
     cfg = config(
         tensor_model_parallel_size=tensor,
         expert_model_parallel_size=expert,
@@ -122,12 +132,94 @@ def gradients_and_states(tensor: int, expert: int, options: dict) -> tuple:
     return result
 
 
-def reference(rank: int, world_size: int) -> list[tuple]:
-    return [gradients_and_states(1, 1, options) for options in ({}, SHARED_LOSSES)]
+LOSSES = {
+    "aux": {"moe_router_load_balancing_type": ["aux_loss"], "moe_aux_loss_coeff": [1.0]},
+    "seq": {"moe_router_load_balancing_type": ["seq_aux_loss"], "moe_aux_loss_coeff": [1.0]},
+    "global": {"moe_router_load_balancing_type": ["global_aux_loss"], "moe_aux_loss_coeff": [1.0]},
+    "z": {"moe_z_loss_coeff": 1.0},
+    "budget": {"anyexperts_budget_loss_coeff": 1.0},
+    "spread": {"anyexperts_spread_loss_coeff": 1.0, "anyexperts_spread_target": 0.5},
+}
+STATIC = {
+    "anyexperts_k_min": 4,
+    "anyexperts_k_max": 4,
+    "anyexperts_rho_max": 0.0,
+    "anyexperts_target_slots": None,
+    "anyexperts_target_real": None,
+    "anyexperts_virtual_kind": "identity",
+}
+LOSS_LAYOUTS = {"dp2": (1, 1), "ep2": (1, 2), "tp2": (2, 1)}
 
 
-def all_layouts(rank: int, world_size: int) -> dict[str, tuple]:
-    return {name: gradients_and_states(*layout) for name, layout in LAYOUTS.items()}
+def masks(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padding and loss mask [ROWS, TOKENS] of one global batch: from no target in half of the rows to all tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    padding = torch.arange(TOKENS) >= TOKENS - torch.randint(0, 12, (ROWS, 1), generator=generator)
+    share = torch.rand(ROWS // 2, generator=generator) ** 3
+    share[seed % 2] *= seed > 0
+    targets = torch.rand(ROWS, TOKENS, generator=generator) < share.repeat_interleave(2)[:, None]
+    return padding, (targets & ~padding).float()
+
+
+def loss_gradients(layout: tuple[int, int], loss: dict, seed: int | None, together: bool) -> dict[str, torch.Tensor]:
+    """Gradients of a step of which only the router's losses are left, in two microbatches of two rows.
+
+    Args:
+        layout: tensor- and expert-parallel size.
+        seed: of the masks; None: all tokens are targets.
+        together: one microbatch on the data-parallel ranks together instead.
+    """
+    model = wrap(build(*layout, **({"moe_z_loss_coeff": None, "calculate_per_token_loss": True} | loss)))
+    padding, targets = masks(seed) if seed is not None else (torch.zeros(ROWS, TOKENS) > 0, torch.ones(ROWS, TOKENS))
+    hidden = local_batch(0)
+    size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    rows = torch.arange(ROWS).chunk(size)[rank]
+    number = torch.zeros((), dtype=torch.int64)
+    parts = [slice(None)] if together or size > 1 else [slice(0, 2), slice(2, 4)]
+    # As Megatron's schedules do.
+    per_target = model.config.calculate_per_token_loss
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(()) / (1 if per_target else len(parts)))
+    for part in parts:
+        mask = targets[rows[part]]
+        number += mask.sum().long()
+        weights = token_weights(padding[rows[part]], mask)
+        (model(hidden[:, part].contiguous(), weights).sum() * 0).backward()
+    model.config.finalize_model_grads_func([model], number if per_target else None)
+    return dense_gradients(model)
+
+
+def all_loss_gradients(layout: tuple[int, int]) -> dict[str, dict[str, torch.Tensor]]:
+    initialize(*layout)
+    gradients = {name: loss_gradients(layout, *case) for name, case in loss_cases().items()}
+    parallel_state.destroy_model_parallel()
+    return gradients
+
+
+def loss_cases() -> dict[str, tuple]:
+    """Loss options, seeds of the masks, and whether the ranks share one microbatch, by name."""
+    cases = {}
+    for name, loss in LOSSES.items():
+        for seed in (0, 1, 2):
+            cases[f"{name} {seed}"] = (loss, seed, name == "global")
+    for name in ("aux", "seq", "global", "z", "spread"):
+        cases[f"static {name}"] = (LOSSES[name] | STATIC, 3, name == "global")
+    for name in ("aux", "global", "z"):
+        cases[f"mean of microbatches {name}"] = (
+            LOSSES[name] | {"calculate_per_token_loss": False},
+            None,
+            name == "global",
+        )
+    return cases
+
+
+def reference(rank: int, world_size: int) -> tuple[list[tuple], dict[str, dict]]:
+    runs = [gradients_and_states(1, 1, options) for options in ({}, SHARED_LOSSES)]
+    return runs, all_loss_gradients((1, 1))
+
+
+def all_layouts(rank: int, world_size: int) -> tuple[dict[str, tuple], dict[str, dict]]:
+    runs = {name: gradients_and_states(*layout) for name, layout in LAYOUTS.items()}
+    return runs, {name: all_loss_gradients(layout) for name, layout in LOSS_LAYOUTS.items()}
 
 
 def save_and_load(rank: int, world_size: int, folder: str) -> list[tuple[torch.Tensor, torch.Tensor]]:

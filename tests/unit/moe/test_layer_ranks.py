@@ -14,9 +14,9 @@ def runs():
 
 @pytest.mark.parametrize("layout", rank_cases.LAYOUTS)
 def test_gradients_and_controllers_are_those_of_one_rank(runs, layout):
-    reference, ranks = runs
+    (reference, _), ranks = runs
     gradients, states = reference[bool(rank_cases.LAYOUTS[layout][2])]
-    for mine, mine_states in (rank[layout] for rank in ranks):
+    for mine, mine_states in (rank[layout] for rank, _ in ranks):
         for state, other in zip(states, mine_states, strict=True):
             torch.testing.assert_close(other, state, rtol=1e-5, atol=1e-6)
         assert mine.keys() == gradients.keys()
@@ -26,8 +26,19 @@ def test_gradients_and_controllers_are_those_of_one_rank(runs, layout):
 
 @pytest.mark.parametrize("layout", rank_cases.LAYOUTS)
 def test_controllers_are_bit_equal_on_all_ranks(runs, layout):
-    first, second = (rank[layout][1] for rank in runs[1])
+    first, second = (rank[layout][1] for rank, _ in runs[1])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("layout", rank_cases.LOSS_LAYOUTS)
+@pytest.mark.parametrize("case", rank_cases.loss_cases())
+def test_the_gradient_of_each_router_loss_is_that_of_one_rank(runs, layout, case):
+    """Whatever the padding and the number of targets of each microbatch."""
+    (_, reference), ranks = runs
+    assert max(gradient.abs().max() for gradient in reference[case].values()) > 1e-3
+    for mine in (losses[layout][case] for _, losses in ranks):
+        for name, gradient in reference[case].items():
+            torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_controller_state_survives_saving_and_another_layout(tmp_path):
