@@ -9,7 +9,13 @@ SUMS = ("tokens", "slots", "real", "importance", "importance_squared")
 
 
 def summarise(
-    modalities: tuple[str, ...], sums_LMF: Tensor, experts_LE: Tensor, load_L5: Tensor, peak_L: Tensor, k_max: int
+    modalities: tuple[str, ...],
+    sums_LMF: Tensor,
+    experts_LE: Tensor,
+    load_L5: Tensor,
+    peak_L: Tensor,
+    nonfinite_L: Tensor,
+    k_max: int,
 ) -> dict[str, Any]:
     """Return plain numbers per layer and over all layers.
 
@@ -19,18 +25,20 @@ def summarise(
         experts_LE: slots received per expert, counted once per rank of an expert-parallel group.
         load_L5: per layer sums of: observations, received max/mean, demanded max/mean, rerouted, displaced slots.
         peak_L: highest received max/mean.
+        nonfinite_L: tokens that were NaN or Inf, which are in none of the other sums.
         k_max: most slots of a token.
 
     Returns:
-        ``{"all": S, "<modality>": S, "load": D, "layers": {number: the same three}}`` for layers and modalities with
-        tokens. S has tokens (over layers: token-layer pairs), slots, real, virtual (means), importance,
-        importance_std, slots_histogram and real_histogram (counts by number of slots). D has rank_max_over_mean,
-        rank_max_over_mean_peak, demanded_max_over_mean, expert_max_over_mean, rerouted_share and displaced_share
-        (of the slots received).
+        ``{"all": S, "<modality>": S, "load": D, "layers": {number: the same three}, "nonfinite_tokens": N}`` for layers
+        and modalities with tokens. N is that of the layer with the most. S has tokens (over layers: token-layer pairs),
+        slots, real, virtual (means), importance, importance_std, slots_histogram and real_histogram (counts by number
+        of slots). D has rank_max_over_mean, rank_max_over_mean_peak, demanded_max_over_mean, expert_max_over_mean,
+        rerouted_share and displaced_share (of the slots received).
     """
     present = [layer for layer in range(len(sums_LMF)) if sums_LMF[layer, :, 0].sum() > 0]
+    nonfinite = int(nonfinite_L.max()) if len(nonfinite_L) else 0
     if not present:
-        return {"layers": {}}
+        return {"layers": {}, "nonfinite_tokens": nonfinite}
 
     def both(layers: list[int]) -> dict[str, Any]:
         sums_MF = sums_LMF[layers].sum(0)
@@ -51,7 +59,8 @@ def summarise(
         }
         return result
 
-    return {**both(present), "layers": {layer + 1: both([layer]) for layer in present}}
+    layers = {layer + 1: both([layer]) for layer in present}
+    return {**both(present), "layers": layers, "nonfinite_tokens": nonfinite}
 
 
 def _tokens(row_F: Tensor, k_max: int) -> dict[str, Any]:
@@ -71,12 +80,12 @@ def _tokens(row_F: Tensor, k_max: int) -> dict[str, Any]:
 
 
 def _groups(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: value for name, value in summary.items() if name not in ("load", "layers")}
+    return {name: value for name, value in summary.items() if name not in ("load", "layers", "nonfinite_tokens")}
 
 
 def scalars(summary: dict[str, Any], per_layer: bool) -> dict[str, float]:
     """Return ``routing/<figure>/<modality>`` and ``routing/load/<figure>``, with per-layer ones on request."""
-    result: dict[str, float] = {}
+    result: dict[str, float] = {"routing/nonfinite_tokens": summary["nonfinite_tokens"]}
     parts = {"routing": summary}
     if per_layer:
         parts |= {f"routing/layer_{number}": layer for number, layer in summary["layers"].items()}
@@ -116,9 +125,10 @@ def quantiles(histogram: list[int], shares: tuple[float, ...] = (0.1, 0.5, 0.9))
 
 def console_line(summary: dict[str, Any]) -> str:
     """Return one line in the style of Megatron's log: means, and the 10, 50 and 90 % quantiles of slots."""
+    nonfinite = summary["nonfinite_tokens"]
+    line = f" tokens that are NaN or Inf, without experts: {nonfinite} |" if nonfinite else ""
     if not _groups(summary):
-        return ""
-    line = ""
+        return line
     for modality, figures in _groups(summary).items():
         low, mid, high = quantiles(figures["slots_histogram"])
         line += (

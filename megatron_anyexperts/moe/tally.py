@@ -30,6 +30,7 @@ class Tally:
     ):
         self.modalities, self.k_max = modalities, k_max
         fields = len(SUMS) + 2 * (k_max + 1)
+        self.nonfinite_L = torch.zeros(num_layers, dtype=torch.float64, device=device)
         self.sums_LMF = torch.zeros(num_layers, len(modalities), fields, dtype=torch.float64, device=device)
         self.experts_LE = torch.zeros(num_layers, num_experts, dtype=torch.float64, device=device)
         # observations, received max/mean, demanded max/mean, rerouted, displaced
@@ -37,8 +38,11 @@ class Tally:
         self.peak_L = torch.zeros(num_layers, dtype=torch.float64, device=device)
 
     def add(self, layer_number: int, kinds_T: Tensor, decision: RoutingDecision, load: LoadReport) -> None:
-        """Add one microbatch of one layer."""
+        """Add one microbatch of one layer; tokens that are not finite are counted as such and enter nothing else."""
         layer = layer_number - 1
+        if decision.nonfinite_T is not None:
+            self.nonfinite_L[layer] += (decision.nonfinite_T & (kinds_T >= 0)).sum()
+            kinds_T = kinds_T.masked_fill(decision.nonfinite_T, -1)
         slots_T, importance_T = decision.slots_T, decision.importance_T
         real_T = decision.routing_map_TE.sum(1)
         bins = torch.arange(self.k_max + 1, device=slots_T.device)
@@ -62,17 +66,17 @@ class Tally:
 
     def drain(self, sum_groups: list[torch.distributed.ProcessGroup]) -> dict[str, Any]:
         """Reduce over `sum_groups` one after the other, clear, and return the summary; collective."""
-        parts = (self.sums_LMF, self.experts_LE, self.load_L5)
+        parts = (self.sums_LMF, self.experts_LE, self.load_L5, self.nonfinite_L)
         flat = torch.cat([part.flatten() for part in parts])
         peak_L = self.peak_L.clone()
         for group in sum_groups:
             torch.distributed.all_reduce(flat, group=group)
             torch.distributed.all_reduce(peak_L, op=torch.distributed.ReduceOp.MAX, group=group)
         split = flat.cpu().split([part.numel() for part in parts])
-        sums_LMF, experts_LE, load_L5 = (x.view(part.shape) for x, part in zip(split, parts, strict=True))
+        sums_LMF, experts_LE, load_L5, nonfinite_L = (x.view(part.shape) for x, part in zip(split, parts, strict=True))
         for part in (*parts, self.peak_L):
             part.zero_()
-        return summarise(self.modalities, sums_LMF, experts_LE, load_L5, peak_L.cpu(), self.k_max)
+        return summarise(self.modalities, sums_LMF, experts_LE, load_L5, peak_L.cpu(), nonfinite_L, self.k_max)
 
 
 def _imbalance(load_P: Tensor) -> Tensor:

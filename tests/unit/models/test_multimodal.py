@@ -1,9 +1,11 @@
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
 
 from megatron_anyexperts.models.build import part_of
 from megatron_anyexperts.models.multimodal import within_documents
+from megatron_anyexperts.moe.router import AnyExpertsRouter
 from tests.unit.models.small import DYNAMIC, STOCK, VOCABULARY, media_batch, text_batch
 
 
@@ -125,6 +127,46 @@ def test_freezing_stops_exactly_one_part(make_model, part):
     assert trained == set(FROZEN) - {part}
     model(**media_batch()).mean().backward()
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_a_frozen_decoder_keeps_its_controllers(make_model):
+    settings = DYNAMIC | {"anyexperts_target_slots": 1.5, "anyexperts_target_real": 1.4}
+    settings |= {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+    for frozen in (True, False):
+        model = make_model({"freeze_decoder": frozen, "hybrid_layer_pattern": "*-*E"}, **settings)
+        (router,) = (module for module in model.modules() if isinstance(module, AnyExpertsRouter))
+        router.expert_bias.copy_(torch.arange(4.0))
+        ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+        ddp(**media_batch()).sum().backward()
+        ddp.config.finalize_model_grads_func([ddp])
+        state = router.control.slot_offset, router.control.virtual_bias, router.expert_bias - torch.arange(4.0)
+        assert [bool(tensor.any()) for tensor in state] == [not frozen] * 3
+
+
+@pytest.mark.parametrize("recompute", [{}, {"recompute_granularity": "full", "recompute_method": "uniform"}])
+def test_router_losses_weigh_targets_in_every_layer(make_model, recompute):
+    """Also in the prediction layer, and where layers are recomputed: only the loss mask differs, not the gradient."""
+    settings = DYNAMIC | {"moe_z_loss_coeff": 1.0, "calculate_per_token_loss": True}
+    settings |= {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.0}
+    settings |= recompute and recompute | {"recompute_num_layers": 1}
+    gradients = []
+    for targets in (10, 1):
+        model = make_model({"hybrid_layer_pattern": "*E/*E"}, qk_layernorm=True, **settings)
+        loss_mask = torch.zeros(1, 12).index_fill(1, torch.arange(2, 2 + targets) % 10, 1)
+        (model(**media_batch(), loss_mask=loss_mask) * 0).sum().backward()
+        routers = {name: p.grad for name, p in model.named_parameters() if "router" in name}
+        assert {"mtp" in name for name in routers} == {True, False}
+        gradients.append({name: gradient / targets for name, gradient in routers.items()})
+    assert all(gradient.any() for gradient in gradients[0].values())
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_padding_reaches_the_prediction_layer(make_model):
+    settings = DYNAMIC | {"anyexperts_target_slots": 1.5, "mtp_num_layers": 1}
+    model = make_model({"hybrid_layer_pattern": "*E/*E"}, qk_layernorm=True, **settings)
+    model(**media_batch())
+    counts = {"mtp" in name: m.control.counts[0] for name, m in model.named_modules() if hasattr(m, "control")}
+    assert counts == {False: 10, True: 9}  # the mask is shifted: a row's last token has no next one to predict from
 
 
 def test_mtp_does_not_predict_across_documents(make_model):

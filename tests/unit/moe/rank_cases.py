@@ -244,13 +244,49 @@ def save_and_load(rank: int, world_size: int, folder: str) -> list[tuple[torch.T
     return pairs
 
 
-def bf16_training(rank: int, world_size: int) -> dict[str, torch.dtype]:
-    """Dtypes after three steps of a bf16 model."""
+def padding_under_cap() -> tuple[float, bool, bool]:
+    """Largest change of real outputs by as much padding, on EP 2; whether loads agree; whether the cap acted."""
+    static = STATIC | {"anyexperts_k_min": 2, "anyexperts_k_max": 2, "moe_router_topk": 2}
+    net = start(1, 2, **static, anyexperts_dispatch_eps=0.05).layer.eval()
+    rank = parallel_state.get_expert_model_parallel_rank()
+    hidden = torch.randn(256, 1, HIDDEN, generator=torch.Generator().manual_seed(rank))
+    real = 128
+    # The same padding everywhere wants the same experts: it would be most of the load.
+    padded = torch.cat((hidden[:real], torch.ones(256 - real, 1, HIDDEN)))
+    mask = (torch.arange(256) >= real)[None]
+    outputs, loads = [], []
+    dispatch = net.dispatcher.dispatch
+    net.dispatcher.dispatch = lambda *args: loads.append((sent := dispatch(*args)).load) or sent
+    with torch.no_grad():
+        for x, m in ((padded, mask), (hidden[:real], None)):
+            outputs.append(net(x, padding_mask=m)[0][:real])
+    parallel_state.destroy_model_parallel()
+    same = torch.equal(loads[0].demanded_P, loads[1].demanded_P) and loads[0].rerouted == loads[1].rerouted
+    return (outputs[0] - outputs[1]).abs().max().item(), bool(same), bool(loads[1].rerouted > 0)
+
+
+def skipped_step(model: DistributedDataParallel, rank: int) -> bool:
+    """Whether controllers and expert bias stood still in a step in which one gradient of rank 1 overflowed."""
+    router = mixture(model).router
+    state = [router.control.slot_offset, router.control.virtual_bias, router.expert_bias]
+    before = [tensor.clone() for tensor in state]
+    model.zero_grad_buffer()
+    model(local_batch(9).to(router.weight.dtype)).float().sum().backward()
+    if rank == 1:
+        next(p for name, p in model.named_parameters() if ".experts." in name).main_grad[0, 0] = float("inf")
+    model.config.finalize_model_grads_func([model])
+    counted = router.control.counts.any() or router.local_tokens_per_expert.any()
+    return all(torch.equal(a, b) for a, b in zip(state, before, strict=True)) and not counted
+
+
+def two_expert_ranks(rank: int, world_size: int) -> tuple[dict[str, torch.dtype], bool, tuple]:
+    """Dtypes after three steps of a bf16 model, whether it stands still in an overflow, and padding under a cap."""
     model = wrap(start(1, 2, bf16=True, params_dtype=torch.bfloat16))
     states = train(model, 3, torch.bfloat16)
     assert states[-1].abs().min() > 0
     layer_ = mixture(model)
     seen = {name: parameter.dtype for name, parameter in layer_.named_parameters() if ".experts." not in f".{name}"}
     seen |= {name: buffer.dtype for name, buffer in layer_.named_buffers()}
+    still = skipped_step(model, rank)
     parallel_state.destroy_model_parallel()
-    return seen
+    return seen, still, padding_under_cap()

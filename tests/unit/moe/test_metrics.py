@@ -11,6 +11,7 @@ from tests.unit.moe.builders import HIDDEN, config, layer
 
 DYNAMIC = {"anyexperts_k_min": 2, "anyexperts_k_max": 6, "anyexperts_rho_max": 0.35, "moe_z_loss_coeff": 0.01}
 KINDS = torch.tensor([[0] * 6 + [1] * 4 + [-1] * 2, [2] * 12], dtype=torch.int8)  # [B, S]
+EMPTY = {"layers": {}, "nonfinite_tokens": 0}
 
 
 class Writer:
@@ -43,6 +44,11 @@ def forward(built, hidden=None):
     return output, records[1]
 
 
+def forward_of(built):
+    with token_modality(KINDS):
+        return built(torch.randn(12, 2, HIDDEN, requires_grad=True))[0]
+
+
 def test_breakdown_equals_a_count_by_hand(setup):
     built, tracker = setup
     records = [forward(built)[1][0] for _ in range(2)]
@@ -73,21 +79,21 @@ def test_collecting_clears(setup):
     built, tracker = setup
     forward(built)
     tracker.collect("train")
-    assert tracker.collect("train") == {"layers": {}}
+    assert tracker.collect("train") == EMPTY
 
 
 def test_evaluation_has_a_tally_of_its_own(setup):
     built, tracker = setup
     built.eval()
     forward(built)
-    assert tracker.collect("train") == {"layers": {}}
+    assert tracker.collect("train") == EMPTY
     assert tracker.collect("eval")["all"]["tokens"] == 22
 
 
 def test_outside_the_context_nothing_is_recorded(setup):
     built, tracker = setup
     built(torch.randn(12, 2, HIDDEN))
-    assert tracker.collect("train") == {"layers": {}}
+    assert tracker.collect("train") == EMPTY
 
 
 def test_recomputation_records_once(setup):
@@ -126,6 +132,27 @@ def test_an_interval_is_reported_once_and_whole(setup):
         assert ("routing/slots/text" in writer.values) == (iteration == 3)
     assert ["text: slots" in line for line in lines] == [False, False, True]
     assert tracker.snapshot()["all"]["tokens"] == (1 + 2 + 3) * 22
+
+
+def test_tokens_that_are_not_finite_are_one_figure_and_in_no_other(setup):
+    built, tracker = setup
+    hidden = torch.randn(12, 2, HIDDEN)
+    hidden[3, 0, 0], hidden[5, 1, 2], hidden[11, 0, 1] = math.nan, math.inf, math.nan  # the last one is padding
+    forward(built, hidden)
+    line = tracker.report(1.0, 1, writer := Writer(), num_layers=1)
+    assert tracker.snapshot()["nonfinite_tokens"] == writer.values["routing/nonfinite_tokens"] == 2
+    assert "tokens that are NaN or Inf, without experts: 2 |" in line
+    assert tracker.snapshot()["all"]["tokens"] == 20
+    assert 2 <= tracker.snapshot()["all"]["slots"] <= 6
+    assert all(math.isfinite(value) for value in writer.values.values())
+
+
+def test_a_layer_without_a_number_has_no_figures(setup):
+    _, tracker = setup
+    built = layer(config(**DYNAMIC, moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.1))
+    built.layer_number = built.router.layer_number = None
+    assert forward_of(built).shape == (12, 2, HIDDEN)
+    assert tracker.collect("train") == EMPTY
 
 
 def test_a_rank_without_mixture_layers_reduces_the_same_shapes(one_rank):

@@ -224,9 +224,7 @@ def test_room_is_judged_by_the_size_of_the_newest_sealed_checkpoint(tmp_path):
     assert not retention.Room(free=1, needed=2).enough
 
 
-@given(
-    st.dictionaries(st.integers(1, 100), st.integers(1, 100)), st.integers(-50, 500), st.sampled_from([0, 1, 2, 5])
-)
+@given(st.dictionaries(st.integers(1, 100), st.integers(1, 100)), st.integers(-50, 500), st.sampled_from([0, 1, 2, 5]))
 def test_room_is_made_from_the_oldest_on_and_never_of_the_newest_or_a_milestone(sizes, missing, keep_every):
     doomed = retention.to_free(sizes, missing, keep_every)
     may_go = retention.expendable(sizes, 1, keep_every)
