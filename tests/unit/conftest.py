@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe import moe_logging
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +23,8 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def one_rank(world):
-    """Groups of size 1, and every generator seeded."""
+    """Groups of size 1, every generator seeded, and no figures of other models."""
+    moe_logging.destroy_moe_metrics_tracker()
     torch.manual_seed(1)
     model_parallel_cuda_manual_seed(1)
 

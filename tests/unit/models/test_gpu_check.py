@@ -23,7 +23,8 @@ def test_all_rows_of_a_cpu_pass(one_rank, capsys):
     assert compare(rows(False, ()), OPTIONS)
     table = capsys.readouterr().out
     assert len(re.findall(r" ok \(limits| reference$", table, re.MULTILINE)) == 4
-    assert re.search(r"static, fp32, local .* 0\.00e\+00  1\.00000 ", table)
+    # Only rounding: padding gets no experts here, so that a matrix product has fewer rows.
+    assert re.search(r"static, fp32, local .* (0\.00e\+00|\d\.\d\de-0[789])  1\.00000 ", table)
 
 
 def test_a_row_that_computes_something_else_fails(one_rank, capsys):

@@ -23,6 +23,7 @@ LOSSES = [
     {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.1},
     {"moe_z_loss_coeff": 0.01, "moe_input_jitter_eps": 0.1},
 ]
+LOSSES += [loss | {"calculate_per_token_loss": True} for loss in LOSSES[1:4]]
 CASES = [a | b for a, b in itertools.product(SCORES, SHAPES)] + [
     a | b for a, b in itertools.product(SCORES, LOSSES[1:])
 ]
