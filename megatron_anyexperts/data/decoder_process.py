@@ -157,8 +157,8 @@ def _signal_name(number: int) -> str:
 def serve(calls: str, answers: str, shared: str, parent: str) -> None:
     """Answer calls until the other end is closed; the main function of the child."""
     # Whoever signals the process group means the parent, which ends this one in time.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # a file that fills the memory ends this process first
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))

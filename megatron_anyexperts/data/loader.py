@@ -24,6 +24,7 @@ from megatron_anyexperts.data.packing import from_buffer
 from megatron_anyexperts.data.task_encoder import FeedTaskEncoder
 from megatron_anyexperts.data.vocabulary import Vocabulary
 from megatron_anyexperts.media import MediaShape
+from megatron_anyexperts.survival.signals import die_with_parent
 
 _CHECKPOINT_SECONDS = 10.0  # a resumed stream repeats at most this much work
 _COLLECT_EVERY = 100  # microbatches; Energon's 10 cost a hundredth of the time, and Python collects by itself as well
@@ -150,9 +151,8 @@ class MicrobatchLoader:
             raise ErrorBudgetExceeded(str(error).strip().splitlines()[-1]) from error
         except Exception as error:
             self._failed = True
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise DataFeedError(
-                f"a data worker of dp_rank={self._dp_rank} failed: {reason}; restart the job from its checkpoint"
+                f"{describe_failure(error, self._dp_rank)}; restart the job from its checkpoint"
             ) from error
         self._emitted += 1
         return microbatch
@@ -216,6 +216,15 @@ class MicrobatchLoader:
             torch_iterator._shutdown_workers()
 
 
+def describe_failure(error: Exception, dp_rank: int) -> str:
+    """Where the feed of a data-parallel rank failed and why, from what torch's loader raised."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # Torch hands on what its threads and workers raised with the place in the first line and the cause in the last.
+    pinning = "pin memory thread" in lines[0].lower()
+    where = "copying a microbatch to pinned host memory" if pinning else "a data worker"
+    return f"{where} of dp_rank={dp_rank} failed: {lines[-1]}"
+
+
 def _describe(datasets: list) -> str:
     """What the blend consists of, independent of where it lies."""
     content = [
@@ -247,10 +256,10 @@ class _WorkerInit:
         self._finalizer = Finalize(None, _set, (self._stopping,), exitpriority=0)
 
     def __call__(self, worker: int) -> None:
-        if os.getppid() != self._owner:  # it died while this process started; torch would wait for its death for ever
-            os._exit(0)
+        die_with_parent(self._owner)  # torch looks for the parent's death only after Energon's initialisation
         signal.signal(signal.SIGTERM, self._on_sigterm)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for each in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(each, signal.SIG_IGN)
         self._inner(worker)
 
     def stop(self) -> None:

@@ -12,15 +12,28 @@ import os
 import signal
 import sys
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that ask a rank to save and end; schedulers, terminals and torchrun send them to its helpers as well."""
+
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def live_with_parent() -> None:
-    """Call it first thing in a helper that multiprocessing forked: it ignores SIGTERM and dies with its parent."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def die_with_parent(parent: int) -> None:
+    """Call it first thing in a forked process: SIGKILL ends it as soon as its parent is dead.
+
+    Args:
+        parent: id of the process that forked this one, from a thread that lives as long: Linux sends the signal when
+            that thread ends.
+    """
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:  # it died before the call above
+    if os.getppid() != parent:  # it died before the call above
         os._exit(1)
+
+
+def live_with_parent() -> None:
+    """Call it first thing in a helper that multiprocessing forked: it dies with its parent, and of no stop signal."""
+    die_with_parent(multiprocessing.parent_process().pid)
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)

@@ -2,12 +2,17 @@
 
 import json
 import os
+import queue
 import signal
+import threading
 import time
+from unittest.mock import patch
 
 import pytest
+from torch.utils.data._utils import pin_memory
 
 from megatron_anyexperts.data.faults import DataFeedError, ErrorBudgetExceeded
+from megatron_anyexperts.data.loader import describe_failure
 from tests.data import deadly
 from tests.data.feed import corpus
 
@@ -136,6 +141,26 @@ def test_a_picture_that_kills_its_decoder_costs_one_sample_and_stays_out_after_a
     undamaged = make_loader(corpus.write_blend(tmp_path / "clean", {"image_text": 1.0}))
     whole = read(undamaged, 8)
     assert [row - {"image_text/image_text-00017"} for row in whole] == before + after
+
+
+def test_a_failure_to_pin_memory_is_not_a_workers():
+    class Unpinnable:
+        def pin_memory(self):
+            raise RuntimeError("out of lockable memory")
+
+    given, taken, done = queue.Queue(), queue.Queue(), threading.Event()
+    given.put((0, Unpinnable()))
+    place = (given, taken, 0, done, "cuda")
+    with patch("torch.accelerator.set_device_index"):  # the thread is torch's own; there may be no accelerator
+        thread = threading.Thread(target=pin_memory._pin_memory_loop, args=place)
+        thread.start()
+        failure = taken.get(timeout=60)[1]
+        done.set()
+        thread.join()
+    with pytest.raises(RuntimeError) as raised:
+        failure.reraise()
+    expected = "copying a microbatch to pinned host memory of dp_rank=3 failed: RuntimeError: out of lockable memory"
+    assert describe_failure(raised.value, 3) == expected
 
 
 def test_a_missing_blend_is_named(make_loader, tmp_path):

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 PARENT = """
 import multiprocessing, time
 from multiprocessing.managers import SyncManager
@@ -29,10 +31,11 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_helper_outlives_sigterm_but_not_its_rank():
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP])
+def test_a_helper_outlives_a_stop_signal_but_not_its_rank(stop):
     rank = subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     helper = int(rank.stdout.readline())
-    os.kill(helper, signal.SIGTERM)
+    os.kill(helper, stop)
     time.sleep(0.3)
     rank.stdin.write("\n")
     rank.stdin.flush()
