@@ -9,7 +9,10 @@ schedule anew; the same command again resumes it. --freeze-PART and --lr-scale-P
 
 import sys
 
-from megatron_anyexperts.training.instruct import main
+from megatron_anyexperts.survival.signals import end_on_interrupt
 
 if __name__ == "__main__":
+    end_on_interrupt()
+    from megatron_anyexperts.training.instruct import main  # takes seconds
+
     sys.exit(main())

@@ -7,7 +7,10 @@ One process per device, started by torchrun or srun:
 
 import sys
 
-from megatron_anyexperts.training.pretrain import main
+from megatron_anyexperts.survival.signals import end_on_interrupt
 
 if __name__ == "__main__":
+    end_on_interrupt()
+    from megatron_anyexperts.training.pretrain import main  # takes seconds
+
     sys.exit(main())

@@ -37,3 +37,9 @@ def live_with_parent() -> None:
     die_with_parent(multiprocessing.parent_process().pid)
     for each in STOP_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
+
+
+def end_on_interrupt() -> None:
+    """Make Ctrl-C end this process without a traceback; for a program's start, while there is nothing to save."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

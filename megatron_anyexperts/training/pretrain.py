@@ -191,7 +191,7 @@ def _run_megatron(
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_anyexperts.media import MediaShape
-    from megatron_anyexperts.training import curves, learning_rates, metrics, schedule, upstream
+    from megatron_anyexperts.training import curves, learning_rates, metrics, schedule, stopping, upstream
     from megatron_anyexperts.training.checkpoints import Checkpoints
     from megatron_anyexperts.training.data import DataProvider
     from megatron_anyexperts.training.forward_step import ForwardStep
@@ -215,6 +215,7 @@ def _run_megatron(
     torch.cuda.set_device(args.local_rank)  # the tracker keeps tensors there; Megatron selects the device only later
     metrics.install()
     set_moe_metrics_tracker(metrics.TrainingMetrics(args, transformer_config(args), stats, run, heartbeat))
+    stopping.install(args)
     try:
         training.pretrain(
             pretrain_cfg_container_from_args(args),
