@@ -1,5 +1,6 @@
 """Runs a function on several real processes that talk gloo over loopback."""
 
+import multiprocessing
 import os
 import pickle
 import socket
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["tests.preloaded"])
 
 
 def free_port() -> int:
@@ -57,11 +61,10 @@ def run_ranks(fn: Callable, world_size: int, *args: Any, timeout: float = 240) -
     Raises:
         AssertionError: a rank raised (its traceback is in the message), died, or ran out of time.
     """
-    context = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         ranks = [
-            context.Process(target=_rank_main, args=(rank, fn, world_size, port, folder, args, timeout), daemon=False)
+            FORKED.Process(target=_rank_main, args=(rank, fn, world_size, port, folder, args, timeout), daemon=False)
             for rank in range(world_size)
         ]
         for process in ranks:

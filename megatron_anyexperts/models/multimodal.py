@@ -199,7 +199,8 @@ class MultimodalModel(MegatronModule):
             filled_BSH = filled_BSH.masked_scatter(is_kind_BS.unsqueeze(-1), features_TH)
             is_placeholder_BS = is_placeholder_BS | is_kind_BS
         filled_SBH = filled_BSH.transpose(0, 1).contiguous()
-        is_placeholder_SB = is_placeholder_BS.transpose(0, 1)
+        # Contiguous like the embeddings: what comes out is sent as it is to the next pipeline stage.
+        is_placeholder_SB = is_placeholder_BS.transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
             # The embedding has split the sequence already. The backward of this scatter gathers, so that the encoders,
             # which see all of the sequence on each rank, get the whole gradient on each rank.

@@ -15,6 +15,8 @@ from megatron.core.rerun_state_machine import RerunState
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
+from megatron_anyexperts.moe.precision import KeepsPrecision
+
 if TYPE_CHECKING:
     from megatron_anyexperts.config import AnyExpertsConfig
 
@@ -57,7 +59,7 @@ def next_virtual_bias(bias: Tensor, tokens: Tensor, real: Tensor, target: float,
     return torch.where(tokens > 0, moved, bias).to(bias.dtype)
 
 
-class RouterControl(torch.nn.Module):
+class RouterControl(KeepsPrecision):
     """State and counters of one router's controllers; no parameters.
 
     Those of a router whose weight is frozen (`requires_grad`) stand still in training.
@@ -79,13 +81,6 @@ class RouterControl(torch.nn.Module):
         self.register_buffer("counts", torch.zeros(4, dtype=torch.int64, device=device), persistent=False)
         self.calibrating = False
         self._before: list[tuple[Tensor, Tensor]] = []
-
-    def _apply(self, fn, recurse=True):
-        def keep_fp32(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_fp32, recurse)
 
     @torch.no_grad()
     def count(self, soft_T: Tensor, slots_T: Tensor, real_used_TK: Tensor, valid_T: Tensor) -> None:

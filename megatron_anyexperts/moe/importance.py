@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_anyexperts.moe.precision import KeepsPrecision
+
 if TYPE_CHECKING:
     from megatron_anyexperts.config import AnyExpertsConfig
 
 
-class Importance(MegatronModule):
+class Importance(KeepsPrecision, MegatronModule):
     """Predicts w in (0, 1) per token and fuses it: h' = h + alpha * w * h (AnyExperts paper, arXiv 2511.18314).
 
     The two-layer form, its bottleneck and fp32 are choices of this project. Parameters stay fp32 in a bf16 or fp16
@@ -43,12 +46,9 @@ class Importance(MegatronModule):
     def _empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
 
-    def _apply(self, fn, recurse=True):
-        def keep_fp32(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_fp32, recurse)
+    def kept(self) -> Iterable[Tensor]:
+        """Parameters and their gradients."""
+        return (tensor for parameter in self.parameters() for tensor in (parameter, parameter.grad))
 
     def forward(self, hidden_SBH: Tensor) -> tuple[Tensor, Tensor]:
         """Return w, fp32 [T], and h' [S, B, H] in the dtype of the hidden states; h' is h when alpha is fixed at 0."""

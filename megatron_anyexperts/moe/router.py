@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_anyexperts.moe.controllers import RouterControl
 from megatron_anyexperts.moe.decision import RoutingDecision
 from megatron_anyexperts.moe.losses import TokenWeights
+from megatron_anyexperts.moe.precision import KeepsPrecision
 from megatron_anyexperts.moe.router_losses import RouterLosses
 from megatron_anyexperts.moe.scores import Scores
 from megatron_anyexperts.moe.slots import (
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from megatron_anyexperts.config import AnyExpertsConfig
 
 
-class AnyExpertsRouter(RouterLosses):
+class AnyExpertsRouter(KeepsPrecision, RouterLosses):
     """Routes each token to a variable number of real and virtual experts.
 
     Shapes: S sequence, B batch, H hidden, T = S * B local tokens, E real experts, V virtual columns, K = k_max.
@@ -88,7 +89,6 @@ class AnyExpertsRouter(RouterLosses):
             padding_mask: [S, B]; bool, True for padding, or fp32, the weights of `losses.token_weights`.
             importance_T: fp32 [T] in (0, 1), differentiable. None: every token has importance 0.5.
         """
-        self._maintain_float32_expert_bias()
         if self.training:
             self.control.undo_if_rerunning()
         # Megatron 0.19 jitters in evaluation too, which then has no fixed result and moves the generator of training.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 
 def expand_to_padded_offsets(
@@ -87,6 +88,20 @@ def _with_state_before_load(sharded_state_dict):
     return wrapper
 
 
+def _with_a_step_for_all(sharded_state_dict):
+    @functools.wraps(sharded_state_dict)
+    def wrapper(self, *args, **kwargs):
+        adams = [each.optimizer for each in self.chained_optimizers if _is_torch_adam(each.optimizer)]
+        steps = [state["step"] for adam in adams for state in adam.state.values()]
+        for adam in adams:
+            if not any(group["params"] for group in adam.param_groups):
+                # Megatron reads the step of a checkpoint from any state; this one belongs to no parameter.
+                adam.state["step"] = {"step": steps[0].clone() if steps else torch.zeros(())}
+        return sharded_state_dict(self, *args, **kwargs)
+
+    return wrapper
+
+
 def _with_own_steps(load_state_dict):
     @functools.wraps(load_state_dict)
     def wrapper(self, state_dict):
@@ -120,25 +135,28 @@ def _fp32_first(build_optimizer_group_ranges):
 
 @dataclass(frozen=True)
 class Repair:
-    """One method of `DistributedOptimizer`, what wraps it, and what goes wrong without."""
+    """One method of an optimizer, what wraps it, and what goes wrong without."""
 
+    owner: type
     attribute: str
     wrap: Callable[[Any], Any]
     reason: str
 
     def apply(self) -> None:
         """Wrap the method."""
-        setattr(DistributedOptimizer, self.attribute, self.wrap(vars(DistributedOptimizer)[self.attribute]))
+        setattr(self.owner, self.attribute, self.wrap(vars(self.owner)[self.attribute]))
 
 
 REPAIRS = (
     Repair(
+        DistributedOptimizer,
         "sharded_param_state_fully_reshardable",
         _padded_while_sharding,
         "slices states that lack the padding between buckets with offsets that count it: every parameter after a "
         "padded bucket is stored shifted, fp32 master weights included (upstream pull request 5077)",
     ),
     Repair(
+        DistributedOptimizer,
         "_build_optimizer_group_ranges",
         _fp32_first,
         "a group of a bf16 or fp16 model that holds fp32 parameters too (importance modules) steps with those in "
@@ -146,20 +164,29 @@ REPAIRS = (
         "saved with each other's states, or saving raises where their sizes differ",
     ),
     Repair(
+        DistributedOptimizer,
         "sharded_state_dict",
         _with_state_before_load,
         "torch's Adam (no Transformer Engine, no apex) has step counters only after its first step: loading fails on "
         "an assertion without them",
     ),
     Repair(
+        DistributedOptimizer,
         "_set_main_param_and_optimizer_states",
         _without_step,
         "torch's Adam has a step counter for each parameter, checkpoints hold one for all: loading fails on a key",
     ),
     Repair(
+        DistributedOptimizer,
         "load_state_dict",
         _with_own_steps,
         "gives torch's Adam one shared step counter, which then advances by the number of parameters in each step",
+    ),
+    Repair(
+        ChainedOptimizer,
+        "sharded_state_dict",
+        _with_a_step_for_all,
+        "saving fails on an assertion where torch's Adam has no parameters: the experts' on a pipeline stage without",
     ),
 )
 _applied: set[Repair] = set()

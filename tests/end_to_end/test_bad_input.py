@@ -8,7 +8,7 @@ import pytest
 
 from megatron_anyexperts.survival.run import Run
 from tests.data import deadly
-from tests.end_to_end.launch import TINY, pretrain
+from tests.end_to_end.launch import TINY, pretrain, run_ranks_fresh
 
 
 def message(result) -> str:
@@ -81,7 +81,7 @@ def test_samples_that_are_cut_or_kill_their_decoder_are_listed_and_training_goes
     shard.write_bytes(b"\xff\xd9".join([*marked, rest]))
     (tmp_path / "sitecustomize.py").write_text(deadly.SITECUSTOMIZE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    result = pretrain(truncated, tmp_path / "run")
+    result = pretrain(truncated, tmp_path / "run", run_ranks=run_ranks_fresh)
     assert "lost sample shard-" in result.output
     assert "lost sample image_text/" in result.output and "decoding kills the process: signal 11" in result.output
     assert 6 in result.losses

@@ -280,8 +280,8 @@ def skipped_step(model: DistributedDataParallel, rank: int) -> bool:
 
 
 def two_expert_ranks(rank: int, world_size: int) -> tuple[dict[str, torch.dtype], bool, tuple]:
-    """Dtypes after three steps of a bf16 model, whether it stands still in an overflow, and padding under a cap."""
-    model = wrap(start(1, 2, bf16=True, params_dtype=torch.bfloat16))
+    """Dtypes of a bf16 model with every counter, whether it stands still in an overflow, and padding under a cap."""
+    model = wrap(start(1, 2, bf16=True, params_dtype=torch.bfloat16, **SHARED_LOSSES))
     states = train(model, 3, torch.bfloat16)
     assert states[-1].abs().min() > 0
     layer_ = mixture(model)

@@ -62,10 +62,11 @@ def test_padding_takes_no_part_in_the_dispatch_cap(expert_ranks):
         assert change < 1e-5 and same_load and acted
 
 
-def test_a_bf16_model_keeps_importance_and_controllers_in_fp32(expert_ranks):
+def test_a_bf16_model_keeps_importance_controllers_and_counters_in_fp32(expert_ranks):
     for dtypes, *_ in expert_ranks:
         wide = {name for name, dtype in dtypes.items() if dtype == torch.float32}
         assert {name for name in dtypes if name.startswith("importance.")} <= wide
-        assert {"router.control.slot_offset", "router.control.virtual_bias", "router.expert_bias"} <= wide
+        moved = {"router.control.slot_offset", "router.control.virtual_bias", "router.expert_bias"}
+        assert moved | {"router.local_tokens_per_expert", "router.global_tokens_per_expert", "router.ga_steps"} <= wide
         assert dtypes["router.weight"] == dtypes["router.virtual_weight"] == torch.bfloat16
         assert dtypes["router.control.counts"] == torch.int64

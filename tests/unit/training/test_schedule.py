@@ -58,8 +58,8 @@ def test_what_the_scheduler_would_assert_is_refused_by_flag(changed, words):
 def installed(monkeypatch):
     """Megatron's optimizers as a run has them; returns a call that takes what belongs to schedules away again."""
     for repair in upstream.REPAIRS:
-        owner = upstream.DistributedOptimizer
-        monkeypatch.setattr(owner, repair.attribute, repair.wrap(vars(owner)[repair.attribute]))
+        method = vars(repair.owner)[repair.attribute]
+        monkeypatch.setattr(repair.owner, repair.attribute, repair.wrap(method))
     with monkeypatch.context() as patches:
         for cls, name, wrap in schedule.PATCHES:
             patches.setattr(cls, name, wrap(vars(cls)[name]))

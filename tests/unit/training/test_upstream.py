@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.utils import unwrap_model
 
 from megatron_anyexperts.training.upstream import REPAIRS, expand_to_padded_offsets
+from tests.multirank import run_ranks
 from tests.unit.moe import rank_cases
 from tests.unit.moe.builders import HIDDEN, config
 
@@ -38,12 +39,12 @@ def test_padding_returns_each_bucket_to_its_offset(buckets):
 @pytest.fixture
 def repaired(monkeypatch):
     """Call it to run the installed release with all repairs but those to the named methods."""
-    stock = {repair: vars(DistributedOptimizer)[repair.attribute] for repair in REPAIRS}
+    stock = {repair: vars(repair.owner)[repair.attribute] for repair in REPAIRS}
 
     def apply(*without: str) -> None:
         for repair, method in stock.items():
-            kept = method if repair.attribute in without else repair.wrap(method)
-            monkeypatch.setattr(DistributedOptimizer, repair.attribute, kept)
+            kept = method if f"{repair.owner.__name__}.{repair.attribute}" in without else repair.wrap(method)
+            monkeypatch.setattr(repair.owner, repair.attribute, kept)
 
     return apply
 
@@ -56,10 +57,11 @@ class Trained:
     optimizer: MegatronOptimizer
 
     @classmethod
-    def start(cls, several_buckets: bool = False, bf16: bool = True) -> "Trained":
+    def start(cls, several_buckets: bool = False, bf16: bool = True, experts: bool = True) -> "Trained":
         dtype = torch.bfloat16 if bf16 else torch.float32
         torch.manual_seed(1)
         net = rank_cases.Net(config(bf16=bf16, params_dtype=dtype, **rank_cases.DYNAMIC))
+        net.layer.experts.requires_grad_(experts)
         buckets = {"overlap_grad_reduce": True, "bucket_size": 200} if several_buckets else {}
         model = rank_cases.wrap(net, use_distributed_optimizer=True, **buckets)
         options = OptimizerConfig(
@@ -134,13 +136,13 @@ def test_repaired_optimizer_resumes_element_by_element(one_rank, repaired, tmp_p
 
 
 def test_upstream_stores_what_follows_a_padded_bucket_shifted(one_rank, repaired, tmp_path):
-    method = "sharded_param_state_fully_reshardable"
+    method = "DistributedOptimizer.sharded_param_state_fully_reshardable"
     assert differing(*resumed(tmp_path / "one", repaired, method)) == 0
     assert differing(*resumed(tmp_path / "several", repaired, method, several_buckets=True)) > 0
 
 
 def test_upstream_cannot_save_a_group_of_two_dtypes(one_rank, repaired, tmp_path):
-    method = "_build_optimizer_group_ranges"
+    method = "DistributedOptimizer._build_optimizer_group_ranges"
     assert differing(*resumed(tmp_path / "fp32", repaired, method, bf16=False)) == 0
     with pytest.raises(RuntimeError, match="The size of tensor a .* must match"):
         resumed(tmp_path / "bf16", repaired, method)
@@ -148,16 +150,37 @@ def test_upstream_cannot_save_a_group_of_two_dtypes(one_rank, repaired, tmp_path
 
 def test_upstream_cannot_load_before_the_first_step(one_rank, repaired, tmp_path):
     with pytest.raises(AssertionError):
-        resumed(tmp_path / "saved", repaired, "sharded_state_dict")
+        resumed(tmp_path / "saved", repaired, "DistributedOptimizer.sharded_state_dict")
 
 
 def test_upstream_looks_for_the_step_of_each_parameter(one_rank, repaired, tmp_path):
     with pytest.raises(KeyError, match="step"):
-        resumed(tmp_path / "saved", repaired, "_set_main_param_and_optimizer_states")
+        resumed(tmp_path / "saved", repaired, "DistributedOptimizer._set_main_param_and_optimizer_states")
 
 
 def test_upstream_gives_all_parameters_one_step_counter(one_rank, repaired, tmp_path):
-    _, second = resumed(tmp_path / "saved", repaired, "load_state_dict")
+    _, second = resumed(tmp_path / "saved", repaired, "DistributedOptimizer.load_state_dict")
     second.steps(1)
     for adam in second.adam():
         assert {state["step"].item() for state in adam.state.values()} == {3.0 + len(adam.state)}
+
+
+def stage_without_experts(rank: int, world_size: int, without: str) -> list[float]:
+    """Steps of the optimizer's groups in a checkpoint, whose first stage trains no expert; none if saving fails."""
+    for repair in REPAIRS:
+        if f"{repair.owner.__name__}.{repair.attribute}" != without:
+            repair.apply()
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
+    model_parallel_cuda_manual_seed(1)
+    trained = Trained.start(experts=rank == 1)
+    trained.steps(2)
+    try:
+        parts = trained.sharded(is_loading=False)["optimizer"].values()
+    except AssertionError:
+        return []
+    return [group["step"] for part in parts for group in part["optimizer"]["param_groups"]]
+
+
+def test_upstream_cannot_save_a_pipeline_stage_without_experts():
+    assert run_ranks(stage_without_experts, 2, "ChainedOptimizer.sharded_state_dict") == [[], [2.0, 2.0, 2.0]]
+    assert run_ranks(stage_without_experts, 2, "") == [[2.0, 2.0, 2.0]] * 2
