@@ -59,11 +59,26 @@ def dump(model, optimizer, path: Path) -> None:
     torch.save(records, path / f"rank{torch.distributed.get_rank()}.pt")
 
 
+def live_state(folder: Path) -> dict[tuple, torch.Tensor]:
+    """Join what the ranks hold of each tensor; replicas must agree."""
+    pieces: dict[tuple, dict[tuple[int, int], torch.Tensor]] = {}
+    for file in folder.glob("rank*.pt"):
+        for identity, name, start, end, values in torch.load(file):
+            seen = pieces.setdefault((*identity, name), {})
+            if (start, end) in seen:
+                assert torch.equal(seen[start, end], values), (identity, name)
+            seen[start, end] = values
+    return {
+        key: torch.cat([values for (start, end), values in sorted(parts.items()) if end > start])
+        for key, parts in pieces.items()
+    }
+
+
 class DumpingCheckpoints(checkpoints.Checkpoints):
-    """Writes the live state into RUN/live_saved and RUN/live_loaded."""
+    """Writes the live state into RUN/live_saved/ITERATION and RUN/live_loaded."""
 
     def save(self, iteration, model, optimizer, *arguments, **keywords):
-        dump(model, optimizer, self.run.root / "live_saved")
+        dump(model, optimizer, self.run.root / f"live_saved/{iteration}")
         super().save(iteration, model, optimizer, *arguments, **keywords)
 
     def load(self, model, optimizer, *arguments, **keywords):

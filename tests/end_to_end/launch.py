@@ -17,6 +17,7 @@ from tests.multirank import FORKED, free_port
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests/end_to_end/tiny.yaml"
 ENTRY = ROOT / "pretrain/pretrain_multimodal.py"
+DUMPING = ROOT / "tests/end_to_end/dumping_pretrain.py"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megatron_anyexperts.survival import runlog
-from megatron_anyexperts.training.arguments import add_arguments, config_to_argv, read_config
+from megatron_anyexperts.training.arguments import read_config
 from megatron_anyexperts.training.bailing import Bailing
 from tests.end_to_end.launch import ROOT, Finished, pretrain, start_ranks
 from tests.unit.conversion.reference import TINY, random_weights, write
@@ -131,19 +131,6 @@ def test_converter_imports_refuses_and_exports_from_the_command_line(tmp_path: P
     refused = subprocess.run([*command, "--save", tmp_path / "y"], capture_output=True, text=True, cwd=ROOT)
     assert refused.returncode == 2
     assert "missing: lm_head.weight [96, 32]" in refused.stderr
-
-
-def test_configurations_are_flags_of_megatron():
-    from argparse import ArgumentParser
-
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
-    flags = {option: action for action in parser._actions for option in action.option_strings}
-    files = sorted(CONFIGS.glob("ling_mini_2_0*.yaml"))
-    assert len(files) == 6
-    for path in files:
-        parser.parse_args(config_to_argv(read_config(str(path)), set(), flags))
 
 
 def test_ling_configuration_is_its_architecture():
