@@ -37,6 +37,7 @@ setup(
         "tokenizers>=0.21",
         "tqdm>=4.66",
         "transformers>=4.57",
+        "zstandard>=0.23",
     ],
     extras_require={
         # Its torch extension is compiled against the torch that is there; ninja and pybind11 take part in that.

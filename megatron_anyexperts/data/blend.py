@@ -5,6 +5,7 @@ lie beside the shards (`part_filter`). Shards come from others, so everything bu
 is refused here, before Energon looks at it, through the same parser.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -70,10 +71,12 @@ def open_blend(blend: str | Path, split: str, config: DataConfig, workers: Worke
     Raises:
         FileNotFoundError: there is no such file or folder.
         UntrustedBlend: it, or a data set of it, names other classes or keys than data needs.
+        DataFeedError: it has no such split.
     """
     if "://" not in str(blend) and not Path(blend).exists():
         raise FileNotFoundError(f"data blend {blend} does not exist; build it with data_tools/build_shards.py")
     check_blend(EPath(str(blend)))
+    check_splits(blend, (split,))
     training = split == "train"
     options = {"max_samples_per_sequence": config.data_run_length, "shuffle_over_epochs_multiplier": 1}
     datasets = load_dataset(str(blend)).get_datasets(
@@ -84,6 +87,24 @@ def open_blend(blend: str | Path, split: str, config: DataConfig, workers: Worke
         **(options | {"parallel_shard_iters": config.data_open_shards} if training else {}),
     )
     return datasets
+
+
+def check_splits(blend: str | Path, splits: Iterable[str]) -> None:
+    """Make sure that a blend has splits, before anything expensive starts.
+
+    Raises:
+        DataFeedError: with the missing one and the way out.
+    """
+    if not str(blend).endswith((".yaml", ".yml")):
+        return
+    present = _read(EPath(str(blend)), _Blend).splits
+    way_out = {
+        "train": "every sample is held out: build with a smaller validation_fraction",
+        "val": "nothing is held out: set --eval-iters 0, or build with a larger validation_fraction",
+    }
+    for split in splits:
+        if split not in present:
+            raise DataFeedError(f"{blend} has no {split} split (it has {', '.join(present)}), so {way_out[split]}")
 
 
 def check_blend(path: EPath, config: str = "dataset.yaml", above: tuple[str, ...] = ()) -> None:

@@ -32,6 +32,13 @@ CHAT_TEMPLATE = """\
 {%- endif %}
 {%- endfor %}
 {%- endif %}
+{%- for call in message['tool_calls'] or [] %}
+{%- set function = call['function'] or call %}
+{{- '\n' if message['content'] or not loop.first }}
+{{- '<tool_call>\n{"name": ' ~ function['name'] | tojson ~ ', "arguments": ' }}
+{{- function['arguments'] if function['arguments'] is string else function['arguments'] | tojson }}
+{{- '}\n</tool_call>' }}
+{%- endfor %}
 {%- endmacro %}
 {%- for message in messages %}
 {{- '<|im_start|>' ~ message['role'] ~ '\n' }}

@@ -120,19 +120,23 @@ def pretrain(
         UsageError: the command line cannot be carried out.
         NotSaved: the last steps are in no checkpoint.
     """
+    from megatron_anyexperts.data.faults import DataFeedError
+
     cpu.bridge(training=True)
     try:
         args = parse(cli, defaults)
         check(args)
+        from megatron_anyexperts.data.blend import check_splits
         from megatron_anyexperts.training import schedule
         from megatron_anyexperts.training.comparison import RunSettings
         from megatron_anyexperts.training.data import blend_file
 
-        blend_file(args.data_path)
+        needed = (["val"] if args.eval_iters else []) + ([] if args.skip_train else ["train"])
+        check_splits(blend_file(args.data_path), needed)
         schedule.check(args)
         settings = RunSettings(args, transformer_config(args))
         settings.foresee(args)
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError, DataFeedError) as error:
         raise UsageError(str(error)) from error
     run = Run(Path(args.run_dir)).create() if args.run_dir else None
     first = args.rank == 0 and run is not None

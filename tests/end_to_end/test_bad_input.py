@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+import yaml
 
 from megatron_anyexperts.survival.run import Run
 from tests.data import deadly
@@ -52,6 +53,17 @@ def test_unknown_configuration_key(corpus, tmp_path):
     config.write_text(TINY.read_text().replace("hidden-size: 32", "hiden-size: 32", 1))
     text = message(pretrain(corpus, tmp_path / "run", config=config, succeed=False))
     assert "hiden-size" in text and "hidden-size" in text
+
+
+def test_nothing_held_out(corpus, tmp_path):
+    """Before anything starts: few samples may all fall to one side."""
+    blend = yaml.safe_load((corpus / "shards/blend.yaml").read_text())
+    del blend["splits"]["val"]
+    # Beside the original, so that its paths hold.
+    path = corpus / "shards/nothing-held-out.yaml"
+    path.write_text(yaml.safe_dump(blend))
+    text = message(pretrain(corpus, tmp_path / "run", "--data-path", str(path), succeed=False))
+    assert "no val split" in text and "--eval-iters 0" in text and "validation_fraction" in text
 
 
 def test_missing_data(corpus, tmp_path):

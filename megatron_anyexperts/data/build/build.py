@@ -13,11 +13,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_anyexperts.data.build.corpus import Corpus, CorpusError
+from megatron_anyexperts.data.build.failures import forget_all, forget_unforeseen, load_scans, nothing_accepted
 from megatron_anyexperts.data.build.files import write_json
 from megatron_anyexperts.data.build.finish import finish
 from megatron_anyexperts.data.build.plan import Plan, ShardPlan, make_plan
 from megatron_anyexperts.data.build.sample import Sample
-from megatron_anyexperts.data.build.scan import Scan, load_scan, scan_path
+from megatron_anyexperts.data.build.scan import load_scan, scan_path
 from megatron_anyexperts.data.build.sources.base import Chunk
 from megatron_anyexperts.data.build.tasks import ScanTask, WriteTask
 from megatron_anyexperts.data.build.tolerance import Unforeseen
@@ -71,15 +72,20 @@ def build(corpus: Corpus, output: Path, share: Share, workers: int, quiet: bool 
     claim_output(corpus, output)
     chunks = list_chunks(corpus, output)
     scans = [ScanTask(corpus, number, chunk, work) for number, chunk in enumerate(chunks)]
-    _run(scans, corpus, share, workers, quiet, "scan", "chunk")
-    scanned = [load_scan(task.path) for task in scans]
-    # Counted once more, over all participants and earlier runs.
-    unforeseen = Unforeseen(corpus.tolerance)
-    for scan in scanned:
-        unforeseen.add(scan.items, scan.rejected)
+    try:
+        _run(scans, corpus, share, workers, quiet, "scan", "chunk")
+        scanned = load_scans(scans)
+        # Counted once more, over all participants and earlier runs.
+        unforeseen = Unforeseen(corpus.tolerance)
+        for scan in scanned:
+            unforeseen.add(scan.items, scan.rejected)
+    except CorpusError:
+        forget_unforeseen(scans)
+        raise
     plan = make_plan(corpus, scanned)
     if not plan.shards:
-        raise CorpusError(_nothing_accepted(scanned))
+        forget_all(scans, chunk_list(output))
+        raise CorpusError(nothing_accepted(scanned))
     make_tokenizer(corpus, chunks, plan, output)
     _run(write_tasks(corpus, chunks, plan, output), corpus, share, workers, quiet, "write", "shard")
     if share.part != 0:
@@ -165,13 +171,18 @@ def claim_output(corpus: Corpus, output: Path) -> None:
         )
 
 
+def chunk_list(output: Path) -> Path:
+    """Where the list of chunks is kept."""
+    return output / ".build" / "chunks.jsonl"
+
+
 def list_chunks(corpus: Corpus, output: Path) -> list[Chunk]:
     """All units of work; listed once, so that a continued build sees the same input.
 
     Raises:
         CorpusError: a source that is not optional is missing or empty.
     """
-    path = output / ".build" / "chunks.jsonl"
+    path = chunk_list(output)
     if not path.is_file():
         with atomic_file(path, output / ".build" / "tmp", first_wins=True) as file:
             for number, source in enumerate(corpus.sources):
@@ -186,18 +197,14 @@ def list_chunks(corpus: Corpus, output: Path) -> list[Chunk]:
                 first = next(chunks, None)
                 if first is None and not source.optional:
                     raise CorpusError(
-                        f"source {source.label!r}: {source.path} holds nothing that a {source.type} can read"
+                        f"source {source.label!r}: {source.path} holds nothing that a {source.type} can read: "
+                        f"{source.forms()}"
                     )
                 for chunk in itertools.chain([first] if first else [], chunks):
                     # Names of files need not be Unicode: ASCII JSON carries every byte of them.
                     file.write(json.dumps({"source": number, **chunk}).encode() + b"\n")
     with open(path, "rb") as file:
         return [json.loads(line) for line in file]
-
-
-def _nothing_accepted(scans: list[Scan]) -> str:
-    reasons = sorted({line["reason"] for scan in scans for line in scan.rejected})
-    return f"none of {sum(scan.items for scan in scans)} items can be used: {', '.join(reasons) or 'there are none'}"
 
 
 def make_tokenizer(corpus: Corpus, chunks: list[Chunk], plan: Plan, output: Path) -> None:

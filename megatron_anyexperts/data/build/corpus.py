@@ -1,6 +1,7 @@
 """The declarative description of a corpus: one YAML file, checked completely before any work."""
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -215,5 +216,24 @@ def load_corpus(path: Path, root: Path | None = None) -> Corpus:
         tokenizer = tokenizer.model_copy(update={"path": root / tokenizer.path})
         if not tokenizer.path.is_dir():
             raise CorpusError(f"{path}: tokenizer.path={tokenizer.path} is no directory")
+    for source in corpus.sources:
+        _check_links(path, root, source)
     sources = [source.located_at(root) for source in corpus.sources]
     return corpus.model_copy(update={"sources": sources, "tokenizer": tokenizer})
+
+
+def _check_links(path: Path, root: Path, source: Source) -> None:
+    """Hold what a description names below its root against links that lead elsewhere.
+
+    Raises:
+        CorpusError: one does, and `follow_links` is not set.
+    """
+    for named in (source.path, getattr(source, "media_root", None)):
+        if named is None or source.follow_links:
+            continue
+        written = Path(os.path.normpath(root / named))
+        if written.is_relative_to(root) and not written.resolve().is_relative_to(root):
+            raise CorpusError(
+                f"{path}: source {source.label!r}: {named} is a link that leads out of {root}, to {written.resolve()}; "
+                "name that path itself, or set `follow_links: true` for the source"
+            )

@@ -13,7 +13,7 @@ import yaml
 
 from megatron_anyexperts.data.build.corpus import Corpus
 from megatron_anyexperts.data.build.files import write_json
-from megatron_anyexperts.data.build.plan import SPLITS, Plan
+from megatron_anyexperts.data.build.plan import SPLITS, Plan, split_warnings
 from megatron_anyexperts.data.build.sample import DOCUMENT_KIND, TEXT_FIELD
 from megatron_anyexperts.data.build.scan import Scan
 from megatron_anyexperts.data.build.sources.base import Chunk
@@ -61,7 +61,7 @@ def finish(
     scratch = output / ".build" / "tmp"
     shards = [json.loads(manifest_path(output / shard.name).read_bytes()) for shard in plan.shards]
     rejected = _write_rejected(corpus, chunks, scans, plan, shards, output)
-    manifest = _manifest(corpus, document, scans, shards, rejected, output, version)
+    manifest = _manifest(corpus, document, scans, plan, shards, rejected, output, version)
     if manifest["items"] != manifest["samples"] + sum(rejected.values()):
         raise RuntimeError(
             f"{manifest['items']} items were read but {manifest['samples']} written and {sum(rejected.values())} "
@@ -102,6 +102,7 @@ def _manifest(
     corpus: Corpus,
     document: dict,
     scans: Sequence[Scan],
+    plan: Plan,
     shards: list[dict],
     rejected: Counter,
     output: Path,
@@ -134,6 +135,7 @@ def _manifest(
         "kinds": kinds,
         **{name: dict(sorted(total.items())) for name, total in totals.items()},
         "tokenizer_sha256": hashlib.sha256((output / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest(),
+        "warnings": split_warnings(plan, corpus.validation_fraction),
         "shards": [{name: shard[name] for name in ("shard", "sha256", "samples", "bytes")} for shard in shards],
     }
 

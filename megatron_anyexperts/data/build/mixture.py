@@ -1,6 +1,7 @@
 """Plan a mixture of corpora for a token budget: a pure function from shares and sizes to epochs, weights and load."""
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ Count = Annotated[int, BeforeValidator(_count)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Planned(_Section):
@@ -145,14 +146,23 @@ def load_mixture(path: Path) -> Mixture:
     """
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Mixture(**document)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise MixtureError(f"{path}: cannot read it: {error}") from None
+    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
+        raise MixtureError(
+            f"{path}: it is {type(document).__name__}, not a mapping of {', '.join(Mixture.model_fields)}"
+        )
+    try:
+        mixture = Mixture(**document)
     except ValidationError as error:
         problems = (
             f"{'.'.join(map(str, problem['loc']))}={problem['input']!r}: {problem['msg']}" for problem in error.errors()
         )
         raise MixtureError(f"{path}: {'; '.join(problems)}") from None
+    names = Counter(stage.name for stage in mixture.stages)
+    if repeated := [name for name, count in names.items() if count > 1]:
+        raise MixtureError(f"{path}: two stages are named {repeated[0]!r}; each has a blend of its own, rename one")
+    return mixture
 
 
 def corpus_parts(mixture: Mixture, root: Path) -> dict[str, list[Part]]:
@@ -198,13 +208,14 @@ def plan_stage(stage: Stage, corpora: dict[str, list[Part]], training: Training)
     A share of a corpus is divided among its kinds by their tokens, so that all are repeated equally often.
 
     Raises:
-        MixtureError: a share names no known corpus or kind, is negative, or all are zero.
+        MixtureError: a share names no known corpus or kind, is no number from 0 up, or is too small for a token of
+            the stage; all are zero; or a step holds no token.
     """
     parts = {part.name: part for listed in corpora.values() for part in listed}
     by_name: dict[str, float] = {}
     for name, share in stage.shares.items():
-        if share < 0:
-            raise MixtureError(f"stage {stage.name}: share {name}={share} is negative")
+        if not 0 <= share < math.inf:
+            raise MixtureError(f"stage {stage.name}: share {name}={share} is negative or no number; use 0 or more")
         chosen = corpora.get(name) or ([parts[name]] if name in parts else [])
         if not chosen:
             known = sorted({*corpora, *parts})
@@ -215,9 +226,16 @@ def plan_stage(stage: Stage, corpora: dict[str, list[Part]], training: Training)
         for part in chosen:
             by_name[part.name] = by_name.get(part.name, 0.0) + share * part.total_tokens / total
     whole = sum(by_name.values())
-    if whole <= 0:
+    if whole == 0:
         raise MixtureError(f"stage {stage.name}: all shares are zero")
+    if whole == math.inf:
+        raise MixtureError(f"stage {stage.name}: the shares add up to {whole:g}; only their proportions count")
     taken = _apportion(stage.tokens, {name: share / whole for name, share in by_name.items() if share > 0})
+    if tiny := [name for name, tokens in taken.items() if tokens <= 0]:
+        raise MixtureError(
+            f"stage {stage.name}: share of {tiny[0]} is {by_name[tiny[0]] / whole:.3g} of {stage.tokens} tokens, less "
+            "than one token; raise it, or leave it out (by naming the other kinds of its corpus)"
+        )
     drawn = {name: tokens * parts[name].samples / parts[name].total_tokens for name, tokens in taken.items()}
     all_drawn = sum(drawn.values())
     uses = [
@@ -225,6 +243,10 @@ def plan_stage(stage: Stage, corpora: dict[str, list[Part]], training: Training)
         for name, tokens in taken.items()
     ]
     per_step = training.global_batch * training.sequence_length * training.fill
+    if per_step < 1:
+        raise MixtureError(
+            f"training: global_batch x sequence_length x fill = {per_step:g} tokens a step; it must be at least 1"
+        )
     steps = -(-stage.tokens // int(per_step))
     seconds = steps * training.step_seconds
     read = sum(use.epochs * use.part.bytes for use in uses)

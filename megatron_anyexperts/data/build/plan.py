@@ -157,6 +157,40 @@ def make_plan(corpus: Corpus, scans: Sequence[Scan]) -> Plan:
     return Plan(shards, duplicates)
 
 
+def split_warnings(plan: Plan, fraction: float) -> list[str]:
+    """What is wrong with the split of each kind of sample: a small corpus may fall to one side as a whole.
+
+    Args:
+        plan: of the corpus.
+        fraction: its `validation_fraction`; with 0 nothing is to be held out.
+    """
+    warnings = []
+    held_out = {shard.name.split("/")[0] for shard in plan.shards if "/val/" in shard.name}
+    for kind in KINDS:
+        shards = [shard for shard in plan.shards if shard.name.startswith(f"{kind}/")]
+        if not shards or fraction == 0:
+            continue
+        groups = np.unique(np.concatenate([shard.samples["group"] for shard in shards]))
+        count = sum(len(shard.samples) for shard in shards)
+        sides = is_validation(groups, fraction)
+        if sides.all():
+            few = int(groups[-1]) * 1000 // 2**64 / 1000
+            way_out = f"lower it to {few:.3f} or less, or add data" if few else "add data"
+            warnings.append(
+                f"{kind}: all {count} samples are held out by validation_fraction={fraction:g}, so none is left to "
+                f"train on; {way_out}"
+            )
+        elif not sides.any():
+            enough = -(-int(groups[0]) * 1000 // 2**64) / 1000 + 0.001
+            larger = f"raise it to {enough:.3f}" if len(groups) > 1 and enough < 1 else "add data"
+            without = "its loss is not measured" if held_out else "training needs --eval-iters 0"
+            warnings.append(
+                f"{kind}: none of {count} samples is held out by validation_fraction={fraction:g}, so {without}; "
+                f"{larger} to hold some out"
+            )
+    return warnings
+
+
 def _among(keep: np.ndarray, find, signatures: np.ndarray, labels: np.ndarray, limit) -> np.ndarray:
     marked = np.zeros(len(keep), dtype=bool)
     marked[keep] = find(signatures[keep], labels[keep], limit)

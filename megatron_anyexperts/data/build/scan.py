@@ -10,8 +10,9 @@ import numpy as np
 from megatron_anyexperts.data.build import near
 from megatron_anyexperts.data.build.corpus import Corpus, Limits
 from megatron_anyexperts.data.build.facts import Facts
+from megatron_anyexperts.data.build.failed_download import failed_download
 from megatron_anyexperts.data.build.probe import probe
-from megatron_anyexperts.data.build.sample import KINDS, Rejected, Sample
+from megatron_anyexperts.data.build.sample import KINDS, TEXT_FIELD, Rejected, Sample
 from megatron_anyexperts.data.build.sources.base import Chunk
 from megatron_anyexperts.data.build.unforeseen import foreseen, guarded
 from megatron_anyexperts.files import atomic_file
@@ -60,6 +61,8 @@ def check(sample: Sample, limits: Limits) -> list[Facts]:
         raise Rejected("text too short", f"{length} characters, min_text_chars {limits.min_text_chars}")
     if length > limits.max_text_chars:
         raise Rejected("text too long", f"{length} characters, max_text_chars {limits.max_text_chars}")
+    if sample.kind in TEXT_FIELD and (error := failed_download(next(sample.texts()))):
+        raise Rejected("failed download instead of a text", error)
     if len(sample.media) > limits.max_media:
         raise Rejected("too many media", f"{len(sample.media)}, max_media {limits.max_media}")
     return [probe(media, limits) for media in sample.media]

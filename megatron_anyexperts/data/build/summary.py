@@ -45,6 +45,7 @@ def summary(manifest: dict, output: Path) -> str:
     for limit, shared, flag in LOADER_LIMITS:
         if (ours := manifest["corpus"]["limits"][limit]) > shared:
             lines.append(f"training needs {flag} {ours:g} to read all samples of this corpus")
+    lines += [f"warning: {warning}" for warning in manifest.get("warnings", ())]
     lines.append(f"corpus: {output}   blend: {output / 'blend.yaml'}   rejected: {output / 'rejected.jsonl'}")
     return "\n".join(lines)
 

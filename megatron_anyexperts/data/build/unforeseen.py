@@ -3,9 +3,12 @@
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from megatron_anyexperts.data.build.sample import Rejected
-from megatron_anyexperts.data.build.sources.base import Item
+
+if TYPE_CHECKING:  # the sources import this module
+    from megatron_anyexperts.data.build.sources.base import Item
 
 UNFORESEEN = "unforeseen error"
 """The reason of such a rejection."""
@@ -34,7 +37,7 @@ def foreseen() -> Iterator[None]:
         raise rejection(error) from error
 
 
-def guarded(items: Iterator[Item], origin: str) -> Iterator[Item]:
+def guarded(items: "Iterator[Item]", origin: str) -> "Iterator[Item]":
     """The items of a chunk; a source that fails in between ends the chunk with a rejection instead of the build.
 
     Args:

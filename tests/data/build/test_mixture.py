@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from megatron_anyexperts.data.build.mixture import (
@@ -38,8 +38,12 @@ PARTS = st.tuples(st.integers(1, 10**9), st.integers(1, 10**12))
 def test_tokens_add_up_and_weights_draw_the_shares(sizes, shares, tokens):
     corpora = {f"c{n}": [part(f"c{n}", "text", *size), part(f"c{n}", "image", *size)] for n, size in enumerate(sizes)}
     stage = Stage(name="s", tokens=tokens, shares={name: shares[n] for n, name in enumerate(corpora)})
-    plan = plan_stage(stage, corpora, TRAINING)
-    assert sum(use.tokens for use in plan.uses) == tokens
+    try:
+        plan = plan_stage(stage, corpora, TRAINING)
+    except MixtureError as error:
+        assert "less than one token" in str(error) and tokens < 10**13
+        reject()
+    assert sum(use.tokens for use in plan.uses) == tokens and all(use.tokens > 0 for use in plan.uses)
     assert sum(use.weight for use in plan.uses) == pytest.approx(1)
     # Drawing samples by weight yields tokens by share: weight x tokens per sample is proportional to the share.
     drawn = {use.part.name: use.weight * use.part.total_tokens / use.part.samples for use in plan.uses}
@@ -96,6 +100,17 @@ def test_trillions_of_tokens_are_planned_with_warnings_about_repetition_and_few_
         (("tokens: 10e12", "tokens: many"), "stages.0.tokens"),
         (("global_batch: 1024", "gobal_batch: 1024"), "training.gobal_batch"),
         (("planned:", "corpora: {web: nowhere}\nplanned:"), "holds no finished corpus"),
+        (("web: 0.75", "web: .nan"), "stages.0.shares.web=nan"),
+        (("web: 0.75", "web: .inf"), "stages.0.shares.web=inf"),
+        (("web: 0.75", "web: 1e-300"), "share of web/text is .* less than one token"),
+        (("web: 0.75, pics: 0.25", "web: 1.7e+308, pics: 1.7e+308"), "the shares add up to inf"),
+        (("name: anneal", "name: pretrain"), "two stages are named 'pretrain'"),
+        (("step_seconds: 2.0", "step_seconds: .inf"), "training.step_seconds=inf"),
+        (("global_batch: 1024, sequence_length: 4096", "global_batch: 1, sequence_length: 1"), "at least 1"),
+        ((MIXTURE, "- a\n- b\n"), "it is list, not a mapping of corpora, planned, stages, training"),
+        ((MIXTURE, "1: 2\n"), "not a mapping"),
+        ((MIXTURE, ""), "it is NoneType, not a mapping"),
+        ((MIXTURE, "[" * 5000), "cannot read it"),
     ],
 )
 def test_unusable_mixtures_end_in_one_clear_message(tmp_path, change, message):

@@ -1,12 +1,21 @@
 """The plan: every accepted sample in exactly one shard, or named as a duplicate, the same for everybody."""
 
+import re
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_anyexperts.data.blend import check_splits
+from megatron_anyexperts.data.build.build import build
 from megatron_anyexperts.data.build.corpus import Dedup, Shards, parse_corpus
-from megatron_anyexperts.data.build.plan import cut, is_validation, make_plan, occurrences
+from megatron_anyexperts.data.build.plan import cut, is_validation, make_plan, occurrences, split_warnings
 from megatron_anyexperts.data.build.scan import ACCEPTED, Scan
+from megatron_anyexperts.data.build.summary import summary
+from megatron_anyexperts.data.build.workers import Share
+from megatron_anyexperts.data.faults import DataFeedError
+from tests.data.build.raw import corpus_of, png, write
 
 CORPUS = parse_corpus({"name": "x", "sources": [{"type": "text_folder", "path": "."}]})
 
@@ -89,3 +98,38 @@ def test_another_seed_gives_another_order_of_the_same_samples():
         return [key for shard in shards for key in shard.sample_keys()]
 
     assert order(0) != order(1) and sorted(order(0)) == sorted(order(1))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    groups=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=12), fraction=st.sampled_from([0, 0.01, 0.5, 0.9])
+)
+def test_a_kind_that_falls_to_one_side_is_warned_about_with_a_fraction_that_helps(groups, fraction):
+    rows = [(number, 0, group, 10, 1) for number, group in enumerate(groups)]
+    corpus = CORPUS.model_copy(update={"validation_fraction": fraction})
+    warnings = split_warnings(make_plan(corpus, [scan_of(rows)]), fraction)
+    splits = set(is_validation(np.array(groups, np.uint64), fraction).tolist())
+    assert len(warnings) == (len(splits) == 1 and fraction > 0)
+    for warning in warnings:
+        advice = re.search(r"(?:raise it to|lower it to) ([\d.e-]+)", warning)
+        if advice:
+            helped = is_validation(np.array(groups, np.uint64), float(advice[1]))
+            assert not helped.all() if "lower" in advice[0] else helped.any()
+
+
+def test_the_summary_prints_the_warning_and_the_manifest_keeps_it(tmp_path):
+    for number in range(12):
+        write(tmp_path / f"images/{number}.png", png(number))
+        write(tmp_path / f"images/{number}.txt", f"Picture {number}.")
+    corpus = corpus_of(tmp_path, {"type": "image_folder", "path": "images"})
+    manifest = build(corpus, tmp_path / "out", Share(), 0, True)
+    [warning] = manifest["warnings"]
+    assert "image: none of 12 samples is held out by validation_fraction=0.01" in warning
+    assert "--eval-iters 0" in warning and f"warning: {warning}" in summary(manifest, tmp_path / "out")
+    with pytest.raises(DataFeedError, match="has no val split.*--eval-iters 0.*validation_fraction"):
+        check_splits(tmp_path / "out/blend.yaml", ["train", "val"])
+    check_splits(tmp_path / "out/blend.yaml", ["train"])
+    enough = float(re.search(r"raise it to ([\d.]+)", warning)[1])
+    corpus = corpus_of(tmp_path, {"type": "image_folder", "path": "images"}, validation_fraction=enough)
+    manifest = build(corpus, tmp_path / "more", Share(), 0, True)
+    assert not manifest["warnings"] and manifest["kinds"]["image"].keys() == {"train", "val"}

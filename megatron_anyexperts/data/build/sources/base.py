@@ -4,7 +4,7 @@ import hashlib
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,6 +37,8 @@ class Source(BaseModel, ABC):
     """Language of the text, where the data does not say it."""
     optional: bool = False
     """Whether the source may be missing."""
+    follow_links: bool = False
+    """Whether symbolic links may lead out of the source's folder, or out of the corpus' root."""
 
     @property
     def label(self) -> str:
@@ -51,9 +53,14 @@ class Source(BaseModel, ABC):
         """Whether there is nothing at the path."""
         return not self.path.exists()
 
+    def forms(self) -> str:
+        """Names of files that it reads, for messages."""
+        return ", ".join(sorted(getattr(self, "suffixes", ())))
+
     def origin(self, chunk: Chunk, position: int) -> str:
         """Where an item came from, for a person to find it."""
-        return f"{self.label}:{chunk['file']}#{position}"
+        place = f"{self.label}:{chunk['file']}"
+        return f"{place}#{position}" if position >= 0 else place
 
     @abstractmethod
     def chunks(self, seed: int, chunk_items: int, chunk_bytes: int) -> Iterator[Chunk]:
@@ -70,13 +77,60 @@ class Source(BaseModel, ABC):
         """
 
 
-def walk_files(root: Path, suffixes: Collection[str]) -> Iterator[str]:
-    """Relative paths of the regular files below `root` with one of the suffixes; links to folders are not followed."""
-    for folder, folders, names in os.walk(root):
+def walk_files(root: Path, accepts: Callable[[str], bool], follow_links: bool) -> Iterator[str | Rejected]:
+    """Relative paths of the files below `root` whose names are accepted; at the end what could not be listed.
+
+    Args:
+        root: folder.
+        accepts: whether a file name is wanted.
+        follow_links: whether linked folders are listed. Else one inside of `root` is listed at its real place only,
+            and one that leads out is a rejection.
+    """
+    lost: list[Rejected] = []
+
+    def on_error(error: OSError) -> None:
+        lost.append(Rejected("unreadable folder", str(error)[:200], os.path.relpath(error.filename, root)))
+
+    real_root, seen = os.path.realpath(root), set()
+    for folder, folders, names in os.walk(root, onerror=on_error, followlinks=follow_links):
         folders.sort()
+        for name in list(folders):
+            path = os.path.join(folder, name)
+            if follow_links:
+                # A link to a folder above would never end.
+                real = os.path.realpath(path)
+                if real in seen or Path(real_root).is_relative_to(real):
+                    folders.remove(name)
+                seen.add(real)
+            elif os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(real_root):
+                lost.append(leaves(os.path.relpath(path, root)))
         for name in names:
-            if os.path.splitext(name)[1].lower() in suffixes:
+            if accepts(name):
                 yield os.path.relpath(os.path.join(folder, name), root)
+    yield from lost
+
+
+def with_suffix(suffixes: Collection[str]) -> Callable[[str], bool]:
+    """Whether a file name has one of the suffixes, in small or capital letters."""
+    return lambda name: os.path.splitext(name)[1].lower() in suffixes
+
+
+def leaves(name: str) -> Rejected:
+    """The rejection of a link that leads out of its folder."""
+    detail = f"{name}: put the data there, or set `follow_links: true` for the source"
+    return Rejected("link leads out of its folder", detail[:300], name)
+
+
+def lost_chunk(lost: Rejected) -> Chunk:
+    """A unit of work that stands for something that could not be listed, so that it is counted."""
+    return {"lost": [lost.origin, lost.reason, lost.detail]}
+
+
+def lost_item(label: str, chunk: Chunk) -> Item:
+    """What reading a `lost_chunk` gives."""
+    name, reason, detail = chunk["lost"]
+    # Positions of items are never negative, so this one cannot be mistaken for one of them.
+    return -1, Rejected(reason, detail, f"{label}:{name}")
 
 
 def shuffled(names: Iterator[str], seed: int) -> list[str]:
@@ -109,7 +163,35 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
         raise Rejected(reason, str(error)[:200]) from None
 
 
-def read_referenced(root: Path, reference: Any, max_bytes: int) -> bytes:
+def check_file(root: Path, name: str, follow_links: bool) -> Path:
+    """The path of a regular file that was found below `root`.
+
+    Raises:
+        Rejected: no regular file, or a link leads out of `root` and may not.
+    """
+    path = root / name
+    try:
+        inside = follow_links or path.resolve().is_relative_to(root.resolve())
+        regular = path.is_file() or not path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Rejected("unreadable file", f"{type(error).__name__}: {error}"[:200]) from None
+    if not inside:
+        raise leaves(name)
+    if not regular:
+        raise Rejected("not a regular file")
+    return path
+
+
+def read_below(root: Path, name: str, max_bytes: int, follow_links: bool) -> bytes:
+    """Content of a file that was found below `root`.
+
+    Raises:
+        Rejected: as `check_file` or `read_bytes`.
+    """
+    return read_bytes(check_file(root, name, follow_links), max_bytes)
+
+
+def read_referenced(root: Path, reference: Any, max_bytes: int, follow_links: bool = False) -> bytes:
     """Content of a file that data refers to; it must lie below `root`.
 
     Raises:
@@ -118,13 +200,14 @@ def read_referenced(root: Path, reference: Any, max_bytes: int) -> bytes:
     if not isinstance(reference, str) or not reference:
         raise Rejected("no media path", repr(reference)[:200])
     try:
-        path = (root / reference).resolve()
-        inside = path.is_relative_to(root.resolve())
+        # Links may be allowed; a path that itself leads elsewhere never is.
+        place = os.path.normpath if follow_links else os.path.realpath
+        inside = Path(place(root / reference)).is_relative_to(place(root))
     except (OSError, ValueError, RuntimeError) as error:
         raise Rejected("unusable media path", f"{type(error).__name__}: {error}"[:200]) from None
     if not inside:
         raise Rejected("media path leaves its folder", reference[:200])
-    return read_bytes(path, max_bytes)
+    return read_bytes(root / reference, max_bytes)
 
 
 def decode_text(data: bytes) -> str:

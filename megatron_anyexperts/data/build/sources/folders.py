@@ -1,9 +1,9 @@
 """Folders of files: text documents, and media with a caption or transcript beside each."""
 
-import json
 import os
 from abc import abstractmethod
 from collections.abc import Collection, Iterator
+from functools import partial
 from itertools import batched
 from typing import ClassVar
 
@@ -13,10 +13,15 @@ from megatron_anyexperts.data.build.sources.base import (
     Item,
     Source,
     decode_text,
-    read_bytes,
+    lost_chunk,
+    lost_item,
+    read_below,
     shuffled,
     walk_files,
+    with_suffix,
 )
+from megatron_anyexperts.data.build.sources.sidecars import Text, sidecar_texts
+from megatron_anyexperts.data.build.unforeseen import foreseen
 
 MAX_SIDECAR_BYTES = 16 * 2**20
 
@@ -34,10 +39,19 @@ class FolderSource(Source):
         return f"{self.label}:{chunk['files'][position // ITEMS_PER_FILE]}"
 
     def chunks(self, seed: int, chunk_items: int, chunk_bytes: int) -> Iterator[Chunk]:
-        for names in batched(shuffled(walk_files(self.path, self.suffixes), seed), chunk_items):
-            yield {"files": list(names)}
+        found = list(walk_files(self.path, with_suffix(self.suffixes), self.follow_links))
+        names = (name for name in found if isinstance(name, str) and self._chosen(name))
+        for files in batched(shuffled(names, seed), chunk_items):
+            yield {"files": list(files)}
+        yield from (lost_chunk(lost) for lost in found if isinstance(lost, Rejected))
+
+    def _chosen(self, name: str) -> bool:
+        return True
 
     def read(self, chunk: Chunk, wanted: Collection[int] | None, max_bytes: int) -> Iterator[Item]:
+        if "lost" in chunk:
+            yield lost_item(self.label, chunk)
+            return
         wanted_files = None if wanted is None else {position // ITEMS_PER_FILE for position in wanted}
         for number, name in enumerate(chunk["files"]):
             if wanted_files is not None and number not in wanted_files:
@@ -61,7 +75,8 @@ class TextFolder(FolderSource):
 
     def _items(self, name: str, max_bytes: int) -> Iterator[Sample | Rejected]:
         try:
-            text = decode_text(read_bytes(self.path / name, max_bytes))
+            with foreseen():
+                text = decode_text(read_below(self.path, name, max_bytes, self.follow_links))
         except Rejected as rejected:
             yield rejected
             return
@@ -70,7 +85,7 @@ class TextFolder(FolderSource):
 
 
 class MediaFolder(FolderSource):
-    """Media files, each with `NAME.txt` (its text) or `NAME.json` (texts by language) beside it.
+    """Media files, each with `NAME.txt` (its text) or `NAME.json` (texts by language, or metadata) beside it.
 
     One sample per medium and language.
     """
@@ -80,17 +95,15 @@ class MediaFolder(FolderSource):
     language_from_folder: bool = False
     """Whether the first folder below `path` is named by the language (`speech/fr/...`)."""
 
-    def chunks(self, seed: int, chunk_items: int, chunk_bytes: int) -> Iterator[Chunk]:
-        names = walk_files(self.path, self.suffixes)
-        if self.language_from_folder and self.languages is not None:
-            names = (name for name in names if name.split(os.sep)[0] in self.languages)
-        for files in batched(shuffled(names, seed), chunk_items):
-            yield {"files": list(files)}
+    def _chosen(self, name: str) -> bool:
+        listed = self.language_from_folder and self.languages is not None
+        return not listed or name.split(os.sep)[0] in self.languages
 
     def _items(self, name: str, max_bytes: int) -> Iterator[Sample | Rejected]:
         try:
-            texts = self._texts(name)
-            data = read_bytes(self.path / name, max_bytes)
+            with foreseen():
+                texts = self._texts(name)
+                data = read_below(self.path, name, max_bytes, self.follow_links)
         except Rejected as rejected:
             yield rejected
             return
@@ -98,28 +111,18 @@ class MediaFolder(FolderSource):
             fields = {TEXT_FIELD[self.kind]: text} | ({"language": language} if language else {})
             yield Sample(self.kind, fields, [Media(self.kind, data)])
 
-    def _texts(self, name: str) -> list[tuple[str | None, str]]:
-        stem = self.path / os.path.splitext(name)[0]
+    def _texts(self, name: str) -> list[Text]:
         language = name.split(os.sep)[0] if self.language_from_folder else self.language
-        if os.path.lexists(f"{stem}.json"):
-            return self._by_language(decode_text(read_bytes(f"{stem}.json", MAX_SIDECAR_BYTES)))
-        if os.path.lexists(f"{stem}.txt"):
-            return [(language, decode_text(read_bytes(f"{stem}.txt", MAX_SIDECAR_BYTES)).strip())]
-        raise Rejected(f"no {TEXT_FIELD[self.kind]} beside the file", "neither .txt nor .json")
+        sidecar = partial(self._sidecar, os.path.splitext(name)[0])
+        texts = sidecar_texts(sidecar, TEXT_FIELD[self.kind], language, self.languages)
+        if len(texts) > ITEMS_PER_FILE:
+            raise Rejected("too many languages in a sidecar", f"{len(texts)}, limit {ITEMS_PER_FILE}")
+        return texts
 
-    def _by_language(self, document: str) -> list[tuple[str | None, str]]:
-        try:
-            texts = json.loads(document)
-        except (ValueError, RecursionError) as error:
-            raise Rejected("damaged JSON", str(error)[:200]) from None
-        if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
-            raise Rejected("sidecar is no mapping from language to text")
-        chosen = [(code, text) for code, text in texts.items() if self.languages is None or code in self.languages]
-        if len(chosen) > ITEMS_PER_FILE:
-            raise Rejected("too many languages in a sidecar", f"{len(chosen)}, limit {ITEMS_PER_FILE}")
-        if not chosen:
-            raise Rejected("no text in the chosen languages", f"has {sorted(texts)}"[:200])
-        return chosen
+    def _sidecar(self, stem: str, extension: str) -> bytes | None:
+        if not os.path.lexists(self.path / f"{stem}{extension}"):
+            return None
+        return read_below(self.path, f"{stem}{extension}", MAX_SIDECAR_BYTES, self.follow_links)
 
 
 class ImageFolder(MediaFolder):

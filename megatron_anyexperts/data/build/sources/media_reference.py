@@ -9,7 +9,7 @@ from megatron_anyexperts.data.build.sample import Media, Rejected
 from megatron_anyexperts.data.build.sources.base import read_referenced
 
 
-def media_from(value: Any, kind: str, root: Path, max_bytes: int) -> Media:
+def media_from(value: Any, kind: str, root: Path, max_bytes: int, follow_links: bool = False) -> Media:
     """The medium that a value of a record stands for.
 
     Args:
@@ -18,6 +18,7 @@ def media_from(value: Any, kind: str, root: Path, max_bytes: int) -> Media:
         kind: image, audio or video.
         root: folder that paths are relative to and may not leave.
         max_bytes: larger media are refused.
+        follow_links: whether links may lead out of `root`.
 
     Raises:
         Rejected: nothing usable; remote media are not fetched.
@@ -40,7 +41,7 @@ def media_from(value: Any, kind: str, root: Path, max_bytes: int) -> Media:
         return Media(kind, _base64(content, max_bytes))
     if isinstance(value, str) and "://" in value[:16]:
         raise Rejected("remote media are not fetched", value[:200])
-    return Media(kind, read_referenced(root, value, max_bytes))
+    return Media(kind, read_referenced(root, value, max_bytes, follow_links))
 
 
 def _base64(text: str, max_bytes: int) -> bytes:

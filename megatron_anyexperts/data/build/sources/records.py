@@ -6,9 +6,19 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from megatron_anyexperts.data.build.sample import TEXT_FIELD, Media, Rejected, Sample
-from megatron_anyexperts.data.build.sources.base import Chunk, Item, Source
+from megatron_anyexperts.data.build.sources.base import (
+    Chunk,
+    Item,
+    Source,
+    check_file,
+    lost_chunk,
+    lost_item,
+    walk_files,
+)
 from megatron_anyexperts.data.build.sources.media_reference import media_from
-from megatron_anyexperts.data.build.sources.record_files import SUFFIXES, read_records, record_chunks
+from megatron_anyexperts.data.build.sources.record_files import FORMS, form_of, read_records, record_chunks
+from megatron_anyexperts.data.build.sources.tables import Quotes
+from megatron_anyexperts.data.build.unforeseen import foreseen
 
 
 class RecordSource(Source):
@@ -17,30 +27,50 @@ class RecordSource(Source):
     language_field: str | None = None
     """Field that names the language of a record."""
 
+    quotes: Quotes = "auto"
+    """What a double quote means in .csv and .tsv, see `tables.table_rows`."""
+    fields: ClassVar[frozenset[str] | None] = None
+    """Fields of a record that a sample can be made of; None for all."""
+
+    def forms(self) -> str:
+        return FORMS
+
     def chunks(self, seed: int, chunk_items: int, chunk_bytes: int) -> Iterator[Chunk]:
-        if self.path.is_dir():
-            files = [file for file in self.path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file()]
-        else:
-            files = [self.path]
-        for file in sorted(files):
-            yield from record_chunks(file, self._name(file), chunk_bytes)
+        if not self.path.is_dir():
+            yield from record_chunks(self.path, self.path.name, chunk_bytes)
+            return
+        found = list(walk_files(self.path, lambda name: form_of(name) is not None, self.follow_links))
+        for name in sorted(name for name in found if isinstance(name, str)):
+            yield from self._chunks_of(name, chunk_bytes)
+        yield from (lost_chunk(lost) for lost in found if isinstance(lost, Rejected))
 
-    def _name(self, file: Path) -> str:
-        return str(file.relative_to(self.path)) if file != self.path else file.name
-
-    def _file(self, chunk: Chunk) -> Path:
-        return self.path / chunk["file"] if self.path.is_dir() else self.path
+    def _chunks_of(self, name: str, chunk_bytes: int) -> Iterator[Chunk]:
+        try:
+            check_file(self.path, name, self.follow_links)
+            yield from record_chunks(self.path / name, name, chunk_bytes)
+        except Rejected as rejected:
+            yield lost_chunk(Rejected(rejected.reason, rejected.detail, name))
+        except OSError as error:
+            yield lost_chunk(Rejected("unreadable file", str(error)[:200], name))
 
     def read(self, chunk: Chunk, wanted: Collection[int] | None, max_bytes: int) -> Iterator[Item]:
-        for position, record in read_records(self._file(chunk), chunk, wanted, max_bytes):
+        if "lost" in chunk:
+            yield lost_item(self.label, chunk)
+            return
+        file = self.path / chunk["file"] if self.path.is_dir() else self.path
+        for position, record in read_records(file, chunk, wanted, max_bytes, self._needed(), self.quotes):
             try:
                 if isinstance(record, Rejected):
                     raise record
-                item = self.sample(record, max_bytes)
+                with foreseen():
+                    item = self.sample(record, max_bytes)
             except Rejected as rejected:
                 item = rejected
             item.origin = self.origin(chunk, position)
             yield position, item
+
+    def _needed(self) -> frozenset[str] | None:
+        return self.fields and self.fields | {self.language_field or "language"}
 
     @abstractmethod
     def sample(self, record: dict[str, Any], max_bytes: int) -> Sample:
@@ -58,7 +88,7 @@ class RecordSource(Source):
         return fields
 
 
-def string(record: dict[str, Any], field: str) -> str:
+def string(record: dict[str, Any], field: str, way_out: str = "") -> str:
     """A field of a record that must be text.
 
     Raises:
@@ -66,8 +96,14 @@ def string(record: dict[str, Any], field: str) -> str:
     """
     value = record.get(field)
     if not isinstance(value, str):
-        raise Rejected("no text in the record", f"field {field!r} is {type(value).__name__}")
+        found = f"is {type(value).__name__}" if value is not None else "is null" if field in record else "is missing"
+        raise Rejected("no text in the record", f"field {field!r} {found}; fields {named(record)}{way_out}"[:300])
     return value
+
+
+def named(record: dict[str, Any]) -> list[str]:
+    """The fields of a record, for messages; of a Parquet file all, also those that were not read."""
+    return sorted(map(str, getattr(record, "columns", None) or record))[:20]
 
 
 class TextTable(RecordSource):
@@ -76,8 +112,12 @@ class TextTable(RecordSource):
     type: ClassVar[str] = "text_table"
     text_field: str = "text"
 
+    def _needed(self) -> frozenset[str]:
+        return frozenset({self.text_field, self.language_field or self.text_field})
+
     def sample(self, record: dict[str, Any], max_bytes: int) -> Sample:
-        return Sample("text", self.with_language({"text": string(record, self.text_field)}, record))
+        text = string(record, self.text_field, "; name another as text_field, or use type chat for conversations")
+        return Sample("text", self.with_language({"text": text}, record))
 
 
 class MediaSource(RecordSource):
@@ -91,6 +131,10 @@ class MediaSource(RecordSource):
         folder = located.path if located.path.is_dir() else located.path.parent
         return located.model_copy(update={"media_root": root / self.media_root if self.media_root else folder})
 
+    def medium(self, value: Any, kind: str, max_bytes: int) -> Media:
+        """The medium that a value of a record stands for, see `media_from`."""
+        return media_from(value, kind, self.media_root, max_bytes, self.follow_links)
+
 
 class MediaTable(MediaSource):
     """A medium and its text per record."""
@@ -101,11 +145,12 @@ class MediaTable(MediaSource):
     """Field with a path, bytes, a data URL, or a mapping with one of them."""
     text_field: str
 
+    def _needed(self) -> frozenset[str]:
+        return frozenset({self.media_field, self.text_field, self.language_field or self.text_field})
+
     def sample(self, record: dict[str, Any], max_bytes: int) -> Sample:
         fields = self.with_language({TEXT_FIELD[self.kind]: string(record, self.text_field).strip()}, record)
-        return Sample(
-            self.kind, fields, [media_from(record.get(self.media_field), self.kind, self.media_root, max_bytes)]
-        )
+        return Sample(self.kind, fields, [self.medium(record.get(self.media_field), self.kind, max_bytes)])
 
 
 class Interleaved(MediaSource):
@@ -116,6 +161,7 @@ class Interleaved(MediaSource):
     """
 
     type: ClassVar[str] = "interleaved"
+    fields: ClassVar[frozenset[str]] = frozenset({"segments", "texts", "images", "text_list", "image_info"})
 
     def sample(self, record: dict[str, Any], max_bytes: int) -> Sample:
         segments: list[dict[str, Any]] = []
@@ -126,7 +172,7 @@ class Interleaved(MediaSource):
                     segments.append({"type": "text", "text": value})
             else:
                 segments.append({"type": kind, "media": len(media)})
-                media.append(media_from(value, kind, self.media_root, max_bytes))
+                media.append(self.medium(value, kind, max_bytes))
         return Sample("interleaved", self.with_language({"segments": segments}, record), media)
 
 
@@ -158,4 +204,5 @@ def _segments(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from (("image", name) for name in images.get(number, []))
             yield "text", string({"text": text}, "text")
     else:
-        raise Rejected("no interleaved document", f"fields {sorted(map(str, record))}"[:200])
+        forms = "a document has segments, or texts and images, or text_list and image_info"
+        raise Rejected("no interleaved document", f"fields {named(record)}; {forms}"[:300])

@@ -8,12 +8,27 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_anyexperts.data.build.sample import DOCUMENT_KIND, TEXT_FIELD, Media, Rejected, Sample
-from megatron_anyexperts.data.build.sources.base import Chunk, Item, Source, decode_text
+from megatron_anyexperts.data.build.sources.base import (
+    Chunk,
+    Item,
+    Source,
+    check_file,
+    decode_text,
+    lost_chunk,
+    lost_item,
+    walk_files,
+    with_suffix,
+)
 from megatron_anyexperts.data.build.sources.folders import AudioFolder, ImageFolder, VideoFolder
+from megatron_anyexperts.data.build.sources.sidecars import TEXT_NAMES
+from megatron_anyexperts.data.build.unforeseen import foreseen
 
 MEDIA_BY_SUFFIX = {
     suffix: source.kind for source in (ImageFolder, AudioFolder, VideoFolder) for suffix in source.suffixes
 }
+MEDIA_FIELDS = ("width", "height", "original_width", "original_height", "exif", "duration", "fps", "sample_rate")
+"""Fields of a sample's JSON that tell of a medium."""
+
 KIND_OF_DOCUMENT = {name: kind for kind, name in DOCUMENT_KIND.items()} | {"interleaved": "interleaved", "chat": "chat"}
 
 
@@ -32,22 +47,35 @@ class WebDataset(Source):
     languages: list[str] | None = None
     """Languages to keep."""
 
+    def forms(self) -> str:
+        return ".tar"
+
     def chunks(self, seed: int, chunk_items: int, chunk_bytes: int) -> Iterator[Chunk]:
         if not self.path.is_dir():
             yield {"file": self.path.name}
             return
-        for file in sorted(file for file in self.path.rglob("*.tar") if file.is_file()):
-            yield {"file": str(file.relative_to(self.path))}
+        found = list(walk_files(self.path, with_suffix({".tar"}), self.follow_links))
+        yield from ({"file": name} for name in sorted(name for name in found if isinstance(name, str)))
+        yield from (lost_chunk(lost) for lost in found if isinstance(lost, Rejected))
 
     def read(self, chunk: Chunk, wanted: Collection[int] | None, max_bytes: int) -> Iterator[Item]:
-        file = self.path / chunk["file"] if self.path.is_dir() else self.path
+        if "lost" in chunk:
+            yield lost_item(self.label, chunk)
+            return
+        try:
+            file = check_file(self.path, chunk["file"], self.follow_links) if self.path.is_dir() else self.path
+        except Rejected as rejected:
+            rejected.origin = f"{self.label}:{chunk['file']}"
+            yield -1, rejected
+            return
         for position, members in enumerate(tar_samples(file, wanted, max_bytes)):
             if members is None:
                 continue
             try:
                 if isinstance(members, Rejected):
                     raise members
-                item = self._sample(members)
+                with foreseen():
+                    item = self._sample(members)
             except Rejected as rejected:
                 item = rejected
             item.origin = self.origin(chunk, position)
@@ -72,7 +100,9 @@ class WebDataset(Source):
         ]
         if len(media) > 1:
             raise Rejected("more than one medium", str(sorted(members))[:200])
-        names = [self.text_field] if self.text_field else ["text", "caption", "transcript"]
+        if not media:
+            _check_document(meta, members)
+        names = [self.text_field] if self.text_field else TEXT_NAMES
         texts = [meta[name] for name in names if isinstance(meta.get(name), str)]
         if not texts and "txt" in members:
             texts = [decode_text(members["txt"])]
@@ -82,6 +112,20 @@ class WebDataset(Source):
         language = meta.get("language", self.language)
         known = {"language": language} if isinstance(language, str) and len(language) <= 35 else {}
         return Sample(kind, {TEXT_FIELD[kind]: texts[0] if kind == "text" else texts[0].strip()} | known, media)
+
+
+def _check_document(meta: dict[str, Any], members: dict[str, bytes]) -> None:
+    """A sample without a medium is a text, unless something says that it should have one.
+
+    Raises:
+        Rejected: its medium is missing or of an unknown kind.
+    """
+    if isinstance(meta.get("status"), str) and meta["status"] != "success":
+        raise Rejected("medium was not downloaded", f"status {meta['status']}"[:200])
+    if described := [name for name in MEDIA_FIELDS if meta.get(name) is not None]:
+        raise Rejected("medium is missing", f"the JSON has {described}, the members are {sorted(members)}"[:200])
+    if unknown := sorted(members.keys() - {"json", "txt"}):
+        raise Rejected("unknown member", f"{unknown}; media are {', '.join(sorted(MEDIA_BY_SUFFIX))}"[:300])
 
 
 def _json_member(members: dict[str, bytes]) -> dict[str, Any]:
@@ -115,6 +159,7 @@ def _own_sample(meta: dict[str, Any], members: dict[str, bytes]) -> Sample:
             fields = {
                 "messages": [
                     {"role": str(turn["role"]), "content": [_numbered(part, names) for part in turn["content"]]}
+                    | ({"loss": bool(turn["loss"])} if "loss" in turn else {})
                     for turn in meta["messages"]
                 ]
             }
@@ -144,14 +189,18 @@ def tar_samples(
             for member in tar:
                 folder, name = os.path.split(member.name)
                 stem, _, extension = name.partition(".")
-                if not member.isreg() or not stem or not extension:
+                if member.isdir() or not stem or not extension:
                     continue
                 if key != (folder, stem):
                     if key is not None:
                         yield members
                     key, number = (folder, stem), number + 1
                     members = {} if wanted is None or number in wanted else None
-                if isinstance(members, dict):
+                if not member.isreg():
+                    linked = f"{member.name} -> {member.linkname}"
+                    way_out = "archive the files themselves (tar --dereference --hard-dereference)"
+                    members = None if members is None else Rejected("no regular member", f"{linked}; {way_out}"[:300])
+                elif isinstance(members, dict):
                     held = sum(map(len, members.values()))
                     if member.size + held > max_bytes:
                         members = Rejected("too many bytes", f"{member.size + held} bytes, limit {max_bytes}")
