@@ -36,7 +36,8 @@ HOW_TO_GET = {
     "NCCL": "comes with the CUDA build of torch",
     "Transformer Engine": "./bootstrap.sh dev,fp8 in the checkout, on a machine with the CUDA toolkit",
     "FP8": "needs Transformer Engine and a GPU of compute capability 8.9 or newer (Ada, Hopper, Blackwell)",
-    "apex": "build from https://github.com/NVIDIA/apex with --cpp_ext --cuda_ext; Transformer Engine replaces it",
+    "apex": "build from https://github.com/NVIDIA/apex with --cpp_ext --cuda_ext; training switches gradient "
+    "accumulation fusion off without it, also in Transformer Engine's layers",
     "flash attention": "pip install flash-attn; Transformer Engine brings cuDNN's fused attention without it",
     "DeepEP": "build from https://github.com/deepseek-ai/DeepEP; not used by the dynamic-slot dispatcher",
     "asynchronous checkpoints": "pip install nvidia-resiliency-ext, or pass --async-strategy mcore",
@@ -93,7 +94,7 @@ def inspect_installation() -> Installation:
         gpus=tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())) if cuda else (),
         nccl=".".join(map(str, torch.cuda.nccl.version())) if cuda and torch.distributed.is_nccl_available() else None,
         transformer_engine=importable("transformer_engine.pytorch", "transformer_engine"),
-        apex=importable("apex"),
+        apex=importable("fused_weight_gradient_mlp_cuda", "apex"),
         flash_attention=importable("flash_attn", "flash-attn"),
         deep_ep=importable("deep_ep"),
         resiliency=importable("nvidia_resiliency_ext", "nvidia-resiliency-ext"),
@@ -154,11 +155,6 @@ def missing_for(args: argparse.Namespace, found: Installation) -> list[str]:
             f"{usable}; remove the fp8 keys to train in bf16",
         )
         need(args.fp8, args.transformer_impl != "local", "fp8 needs transformer-impl: transformer_engine")
-    need(
-        args.gradient_accumulation_fusion,
-        found.capability and (found.apex or found.transformer_engine),
-        "gradient accumulation fusion needs apex or Transformer Engine; set no-gradient-accumulation-fusion: true",
-    )
     need(
         args.moe_grouped_gemm,
         te and found.capability >= (8, 0),

@@ -20,7 +20,7 @@ GPU_ONLY = ("moe-grouped-gemm", "recompute-", "fp8", "sequence-parallel")
 
 ALONE = [
     *("--transformer-impl", "local", "--distributed-backend", "gloo", "--use-cpu-initialization"),
-    *("--no-rope-fusion", "--no-gradient-accumulation-fusion", "--expert-model-parallel-size", "1"),
+    *("--no-rope-fusion", "--expert-model-parallel-size", "1"),
     *("--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"),
 ]
 """Flags for one process without a GPU."""

@@ -1,5 +1,6 @@
 """Builds the multimodal model of one pipeline stage from Megatron's arguments, and freezes parts of it."""
 
+import importlib
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, fields
 
@@ -108,6 +109,16 @@ def refuse_unsupported(args: Namespace, config: AnyExpertsConfig) -> None:
                 f"seq_length={args.seq_length} times micro_batch_size={args.micro_batch_size} is not a multiple of "
                 f"{rows}, the rows that FP8 multiplication with fp8_recipe={config.fp8_recipe} works on"
             )
+
+
+def can_fuse_gradient_accumulation() -> bool:
+    """Whether apex's kernel is there, without which Megatron 0.19 builds no output layer under
+    `gradient_accumulation_fusion`, its default, whatever Transformer Engine brings for the other layers."""
+    try:
+        importlib.import_module("fused_weight_gradient_mlp_cuda")
+    except ImportError:
+        return False
+    return True
 
 
 def build_model(

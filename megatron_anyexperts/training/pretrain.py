@@ -76,7 +76,7 @@ def check(args: argparse.Namespace) -> None:
     from megatron_anyexperts.data.config import DataConfig
     from megatron_anyexperts.data.elastic import streams_per_rank
     from megatron_anyexperts.media import MediaShape
-    from megatron_anyexperts.models.build import refuse_unsupported
+    from megatron_anyexperts.models.build import can_fuse_gradient_accumulation, refuse_unsupported
     from megatron_anyexperts.training import batch_sizes
     from megatron_anyexperts.training.config import RunConfig
     from megatron_anyexperts.training.learning_rates import LearningRateConfig
@@ -93,6 +93,11 @@ def check(args: argparse.Namespace) -> None:
             f"--{'bf16' if args.bf16 else 'fp16'} without --use-distributed-optimizer cannot save the optimizer state "
             "of the importance modules, which stay fp32; set use-distributed-optimizer, which one rank can use as well"
         )
+    if args.gradient_accumulation_fusion and not can_fuse_gradient_accumulation():
+        args.gradient_accumulation_fusion = False
+        if args.rank == 0:
+            said = "gradient accumulation fusion is off: it needs apex (see python -m megatron_anyexperts.doctor)"
+            print(said, file=sys.stderr)
     refuse_unsupported(args, transformer_config(args))
     MediaShape.from_args(args)
     LearningRateConfig.from_args(args)

@@ -47,7 +47,6 @@ WITHOUT_CUDA: dict[str, tuple[Any, str]] = {
     "no-masked-softmax-fusion": (True, "a CUDA kernel"),
     "no-bias-dropout-fusion": (True, "compiled by torch's JIT"),
     "no-bias-swiglu-fusion": (True, "compiled by torch's JIT"),
-    "no-gradient-accumulation-fusion": (True, "apex's kernel"),
     "disable-jit-fuser": (True, "a C++ compiler at first use"),
 }
 """The only keys that change for another reason than size: value (None: left out), and what a CPU lacks."""

@@ -34,6 +34,8 @@ def test_configuration_trains_saves_and_goes_on_in_other_layouts(corpus, config,
     ranks, flags = EP2
     whole = pretrain(corpus, tmp_path / "whole", *FOUR, *flags, ranks=ranks, entry=DUMPING, config=config)
     assert list(whole.losses) == [1, 2, 3, 4]
+    is_default = "no-gradient-accumulation-fusion" not in read_config(str(config))
+    assert ("gradient accumulation fusion is off: it needs apex" in whole.output) == is_default
     before = live_state(whole.run.root / "live_saved/2")
     assert {"weight", "param", "exp_avg", "exp_avg_sq"} <= {key[-1] for key in before}
     trained = [key for key in before if key[-1] == "exp_avg"]

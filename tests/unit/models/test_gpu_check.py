@@ -11,9 +11,12 @@ from megatron_anyexperts.gpu_check import DYNAMIC, FP32, STATIC, STOCK, Row, com
 OPTIONS = Namespace(device="cpu", steps=4, hidden_size=64, seq_length=64, lr=1e-3)
 
 
-@pytest.mark.parametrize(("cuda", "count"), [(False, 4), (True, 7 + len(FP8_CAPABILITY))])
-def test_every_reference_comes_first(cuda, count):
-    plan = rows(cuda, tuple(FP8_CAPABILITY) if cuda else ())
+@pytest.mark.parametrize(
+    ("cuda", "fusion", "count"), [(False, False, 4), (True, False, 7 + len(FP8_CAPABILITY)), (True, True, 12)]
+)
+def test_every_reference_comes_first(cuda, fusion, count):
+    plan = rows(cuda, tuple(FP8_CAPABILITY) if cuda else (), fusion)
+    assert any(row.settings.get("gradient_accumulation_fusion") for row in plan) == fusion
     names = [row.name for row in plan]
     assert len(set(names)) == count
     assert all(row.reference in names[:index] for index, row in enumerate(plan) if row.reference)
