@@ -18,7 +18,7 @@ demo: setup ## raw files to shards, training, resume and pictures, all in RUN
 	@$(PY) pretrain/demo.py --output $(RUN)
 
 check: lint ## unit tests and the shard builder, for daily work
-	@$(PYTEST) -m "not slow" tests/unit tests/data/build
+	@$(PYTEST) -m "not slow" tests/unit tests/corpus
 
 test: lint ## all tests but the slow ones
 	@$(PYTEST) -m "not slow"

@@ -28,7 +28,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
 from torch import Tensor
 
-from megatron_anyexperts.config import AnyExpertsConfig
+from megatron_anyexperts.moe.config import AnyExpertsConfig
 from megatron_anyexperts.moe.decision import RoutingDecision
 from megatron_anyexperts.moe.dispatcher import SlotDispatcher
 from megatron_anyexperts.moe.quotas import plan_dispatch, slot_cap

@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from megatron_anyexperts.survival import runlog
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "pretrain/configs/demo.yaml"

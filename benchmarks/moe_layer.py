@@ -28,7 +28,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_anyexperts.config import AnyExpertsConfig
+from megatron_anyexperts.moe.config import AnyExpertsConfig
 from megatron_anyexperts.moe.controllers import update_controllers
 from megatron_anyexperts.moe.layer import AnyExpertsMoELayer
 from megatron_anyexperts.moe.router import AnyExpertsRouter

@@ -15,11 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_anyexperts.data.build.build import build, claim_output, rebuild_shard
-from megatron_anyexperts.data.build.corpus import CorpusError, load_corpus
-from megatron_anyexperts.data.build.files import write_json
-from megatron_anyexperts.data.build.summary import summary
-from megatron_anyexperts.data.build.workers import Share
+from megatron_anyexperts.corpus.build import build, claim_output, rebuild_shard
+from megatron_anyexperts.corpus.corpus import CorpusError, load_corpus
+from megatron_anyexperts.corpus.files import write_json
+from megatron_anyexperts.corpus.summary import summary
+from megatron_anyexperts.corpus.workers import Share
 
 
 def parse_share(text: str) -> Share:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_anyexperts.data.build.mixture import (
+from megatron_anyexperts.corpus.mixture import (
     MixtureError,
     StagePlan,
     Training,
@@ -30,7 +30,7 @@ from megatron_anyexperts.data.build.mixture import (
     plan_stage,
     warnings,
 )
-from megatron_anyexperts.data.build.summary import table
+from megatron_anyexperts.corpus.summary import table
 from megatron_anyexperts.files import atomic_file
 
 

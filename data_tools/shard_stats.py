@@ -5,9 +5,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_anyexperts.data.build.stats import measure_samples, plot, quantile_table, share_table
-from megatron_anyexperts.data.build.summary import summary
-from megatron_anyexperts.data.build.verify import read_manifest
+from megatron_anyexperts.corpus.stats import measure_samples, plot, quantile_table, share_table
+from megatron_anyexperts.corpus.summary import summary
+from megatron_anyexperts.corpus.verify import read_manifest
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_anyexperts.data.build.verify import check_shard, corpus_problems, read_manifest
+from megatron_anyexperts.corpus.verify import check_shard, corpus_problems, read_manifest
 
 
 def rebuild_command(output: Path, shard: str) -> str:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_anyexperts.training.arguments import UsageError
-from megatron_anyexperts.training.conversion import export_weights, import_weights
+from megatron_anyexperts.weights.conversion import export_weights, import_weights
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.manifest import iteration_directory
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.training.step_stats import read_sample_log
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,8 +13,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_anyexperts.evaluation.trained_model import load_model, start
 from megatron_anyexperts.training.arguments import UsageError
-from megatron_anyexperts.training.inference import load_model, start
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,9 +39,9 @@ def main() -> int:
         args = start(rest)
         if args.pipeline_model_parallel_size > 1:
             raise UsageError("pipeline stages cannot be evaluated one by one; use expert or tensor parallelism")
-        from megatron_anyexperts.training.budgets import TOLERANCE, Budget, budget_config, evaluate, table
-        from megatron_anyexperts.training.held_out import held_out_batches
-        from megatron_anyexperts.training.pictures import budget_curves
+        from megatron_anyexperts.analysis.pictures import budget_curves
+        from megatron_anyexperts.evaluation.budgets import TOLERANCE, Budget, budget_config, evaluate, table
+        from megatron_anyexperts.evaluation.held_out import held_out_batches
         from megatron_anyexperts.training.pretrain import transformer_config
 
         trained = transformer_config(args)

@@ -11,8 +11,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from megatron_anyexperts.evaluation.trained_model import load_model, start
 from megatron_anyexperts.training.arguments import UsageError
-from megatron_anyexperts.training.inference import load_model, start
 
 
 def show(generated) -> None:
@@ -47,8 +47,8 @@ def parse_own(cli: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def evaluate(args: argparse.Namespace, model, own: argparse.Namespace) -> None:
     """Print the scores of each task, and decoded answers."""
-    from megatron_anyexperts.training.answers import AnswerScorer, score_table
-    from megatron_anyexperts.training.generation import generate, up_to_answer
+    from megatron_anyexperts.evaluation.answers import AnswerScorer, score_table
+    from megatron_anyexperts.evaluation.generation import generate, up_to_answer
 
     scorer = AnswerScorer.from_args(args)
     if not scorer.questions:
@@ -78,8 +78,8 @@ def main() -> int:
         if own.evaluate:
             evaluate(args, model, own)
             return 0
-        from megatron_anyexperts.training.answers import document_encoder
-        from megatron_anyexperts.training.generation import generate, media_file, prompt_document
+        from megatron_anyexperts.evaluation.answers import document_encoder
+        from megatron_anyexperts.evaluation.generation import generate, media_file, prompt_document
 
         media = [media_file(path, kind) for kind in ("image", "audio", "video") for path in getattr(own, kind)]
         document = prompt_document(own.prompt, media)

@@ -8,10 +8,10 @@ Reads RUN/logs and the newest checkpoint; writes PNG files to RUN/pictures.
 import sys
 from pathlib import Path
 
+from megatron_anyexperts.evaluation.trained_model import load_model, start
 from megatron_anyexperts.survival import runlog
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.training.arguments import UsageError
-from megatron_anyexperts.training.inference import load_model, start
 
 
 def main() -> int:
@@ -19,8 +19,8 @@ def main() -> int:
         args = start(sys.argv[1:])
         if args.run_dir is None:
             raise UsageError("--run-dir is not set; it names the run to draw")
-        from megatron_anyexperts.training.held_out import media_importance
-        from megatron_anyexperts.training.pictures import frame_bars, importance_heatmaps, loss_curves, slot_curves
+        from megatron_anyexperts.analysis.pictures import frame_bars, importance_heatmaps, loss_curves, slot_curves
+        from megatron_anyexperts.evaluation.held_out import media_importance
 
         run = Run(Path(args.run_dir))
         folder = run.root / "pictures"

@@ -12,8 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_anyexperts.evaluation.trained_model import start
 from megatron_anyexperts.training.arguments import UsageError, read_config
-from megatron_anyexperts.training.inference import start
 
 GPU_ONLY = ("moe-grouped-gemm", "recompute-", "fp8", "sequence-parallel")
 """Beginnings of configuration keys without which the model has the same tensors."""
@@ -44,7 +44,7 @@ def main() -> int:
             raise UsageError(f"{args.world_size} processes; run it as one, the result loads in any parallel layout")
         from megatron_anyexperts.training import comparison, identity
         from megatron_anyexperts.training.pretrain import model_provider, transformer_config
-        from megatron_anyexperts.training.upcycling import upcycle
+        from megatron_anyexperts.weights.upcycling import upcycle
 
         settings = identity.settings(args, transformer_config(args))
         if old := comparison.starting_point(args, own=False):

@@ -12,7 +12,7 @@ from megatron_anyexperts.platform import cpu
 cpu.bridge()
 
 # Folders whose fixtures are made once a session: a Slurm cluster, whose ports are fixed, and shards with a tokenizer.
-TOGETHER = ("tests/slurm", "tests/data/feed")
+TOGETHER = ("tests/slurm", "tests/feed")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -11,13 +11,13 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 
-from megatron_anyexperts.config import AnyExpertsConfig
 from megatron_anyexperts.media import MediaShape
 from megatron_anyexperts.models.audio import AudioEncoder
 from megatron_anyexperts.models.encoder import encoder_config
 from megatron_anyexperts.models.multimodal import MultimodalModel
 from megatron_anyexperts.models.specs import decoder_stack_spec
 from megatron_anyexperts.models.vision import VisionEncoder
+from megatron_anyexperts.moe.config import AnyExpertsConfig
 
 
 @dataclass

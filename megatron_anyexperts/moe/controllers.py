@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_anyexperts.moe.precision import KeepsPrecision
 
 if TYPE_CHECKING:
-    from megatron_anyexperts.config import AnyExpertsConfig
+    from megatron_anyexperts.moe.config import AnyExpertsConfig
 
 # The offset is added to importance, which lies in (0, 1): beyond +-1 nothing changes any more.
 OFFSET_LIMIT = 1.0

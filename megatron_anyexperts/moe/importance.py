@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_anyexperts.moe.precision import KeepsPrecision
 
 if TYPE_CHECKING:
-    from megatron_anyexperts.config import AnyExpertsConfig
+    from megatron_anyexperts.moe.config import AnyExpertsConfig
 
 
 class Importance(KeepsPrecision, MegatronModule):

@@ -17,7 +17,7 @@ from megatron_anyexperts.moe.metrics import local_positions, observe
 from megatron_anyexperts.moe.virtual import VirtualExpert
 
 if TYPE_CHECKING:
-    from megatron_anyexperts.config import AnyExpertsConfig
+    from megatron_anyexperts.moe.config import AnyExpertsConfig
 
 
 class AnyExpertsMoELayer(MoELayer):

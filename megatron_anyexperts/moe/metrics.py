@@ -24,7 +24,7 @@ from megatron_anyexperts.moe.summary import console_line, scalars, write_histogr
 from megatron_anyexperts.moe.tally import Tally
 
 if TYPE_CHECKING:
-    from megatron_anyexperts.config import AnyExpertsConfig
+    from megatron_anyexperts.moe.config import AnyExpertsConfig
     from megatron_anyexperts.moe.decision import RoutingDecision
     from megatron_anyexperts.moe.dispatcher import LoadReport
 

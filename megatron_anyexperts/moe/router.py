@@ -29,7 +29,7 @@ from megatron_anyexperts.moe.slots import (
 )
 
 if TYPE_CHECKING:
-    from megatron_anyexperts.config import AnyExpertsConfig
+    from megatron_anyexperts.moe.config import AnyExpertsConfig
 
 
 class AnyExpertsRouter(KeepsPrecision, RouterLosses):

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_anyexperts.moe.losses import TokenWeights, balance_loss, budget_loss, shared_mean, spread_loss, z_loss
 
 if TYPE_CHECKING:
-    from megatron_anyexperts.config import AnyExpertsConfig
+    from megatron_anyexperts.moe.config import AnyExpertsConfig
     from megatron_anyexperts.moe.scores import Scores
 
 

@@ -9,7 +9,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from megatron_anyexperts.config import AnyExpertsConfig
+    from megatron_anyexperts.moe.config import AnyExpertsConfig
 
 
 class VirtualExpert(MegatronModule):

@@ -9,7 +9,7 @@ from pathlib import Path
 from . import bandwidth, layout, manifest, preflight, restarts, runlog, status
 from .checkpoints import newest_sealed
 from .heartbeat import clear, last_stack
-from .run import Run
+from .run_directory import Run
 from .watchdog import Patience, watch_step
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from .lost_writes import LostWrites
-from .run import Run, rank_file
+from .run_directory import Run, rank_file
 
 STACK_SIGNAL = signal.SIGUSR2
 _MIN_INTERVAL_S = 1.0

@@ -19,7 +19,7 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .run import Run
+from .run_directory import Run
 
 BEAT_S = 20.0
 STALE_S = 180.0

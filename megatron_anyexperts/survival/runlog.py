@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .lost_writes import LostWrites
-from .run import Run
+from .run_directory import Run
 
 _LOSSES: dict[Path, LostWrites] = {}
 

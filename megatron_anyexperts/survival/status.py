@@ -10,7 +10,7 @@ from . import runlog
 from .checkpoints import newest_sealed, set_aside
 from .heartbeat import Beat, read_beats
 from .manifest import MANIFEST, iteration_directory
-from .run import Run
+from .run_directory import Run
 
 _SILENT_S = 600
 _NOTED = (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from . import runlog
 from .heartbeat import STACK_SIGNAL, Beat, last_stack, read_beats
-from .run import Run
+from .run_directory import Run
 
 
 @dataclass(frozen=True)

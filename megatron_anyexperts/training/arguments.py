@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add every flag of this project, each generated from the dataclass that declares it."""
     from megatron.training.argument_utils import ArgumentGroupFactory
 
-    from megatron_anyexperts.config import add_anyexperts_args
     from megatron_anyexperts.data.config import DataConfig
     from megatron_anyexperts.models.build import add_model_arguments
+    from megatron_anyexperts.moe.config import add_anyexperts_args
     from megatron_anyexperts.training.learning_rates import LearningRateConfig
 
     add_anyexperts_args(parser)

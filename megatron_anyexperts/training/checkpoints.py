@@ -26,7 +26,7 @@ from megatron_anyexperts.survival.checkpoints import NotSaved
 from megatron_anyexperts.survival.heartbeat import Heartbeat
 from megatron_anyexperts.survival.lock import RunLock
 from megatron_anyexperts.survival.manifest import TRACKER, begin_save, file_sizes, iteration_directory, seal
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.training import identity, resume, schedule
 from megatron_anyexperts.training.comparison import RunSettings
 from megatron_anyexperts.training.resume import CheckpointError

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_anyexperts.config import AnyExpertsConfig
+from megatron_anyexperts.moe.config import AnyExpertsConfig
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.checkpoints import newest_sealed
 from megatron_anyexperts.survival.manifest import TRACKER, iteration_directory
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.training import identity
 from megatron_anyexperts.training.arguments import UsageError
 from megatron_anyexperts.training.flag_classes import Kind

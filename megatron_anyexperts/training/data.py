@@ -15,7 +15,7 @@ from megatron_anyexperts.data.config import DataConfig
 from megatron_anyexperts.data.loader import MicrobatchLoader
 from megatron_anyexperts.data.validation import ValidationLoader
 from megatron_anyexperts.media import MediaShape
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.training.checkpoints import Checkpoints
 from megatron_anyexperts.training.step_stats import SampleLog, StepStats, forget_after
 

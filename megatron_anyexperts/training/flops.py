@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from megatron_anyexperts.config import AnyExpertsConfig
 from megatron_anyexperts.media import MediaShape
 from megatron_anyexperts.models.build import EncoderConfig
 from megatron_anyexperts.models.encoder import POSITION_FEATURES
+from megatron_anyexperts.moe.config import AnyExpertsConfig
 
 WORK = ("tokens", "token_pairs", "patches", "patch_pairs", "frames", "steps", "step_pairs", "clip_tokens")
 """Counts of one or more microbatches: decoder tokens; pairs of a token and one it attends to; image patches and their

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_anyexperts.config import AnyExpertsConfig
+from megatron_anyexperts.moe.config import AnyExpertsConfig
 from megatron_anyexperts.training.arguments import UsageError, add_arguments, config_to_argv
 from megatron_anyexperts.training.flag_classes import KINDS, Kind
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from megatron_anyexperts.evaluation.answers import AnswerScorer, Score, score_table
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.manifest import TRACKER
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.training import pretrain
-from megatron_anyexperts.training.answers import AnswerScorer, Score, score_table
 from megatron_anyexperts.training.arguments import UsageError
 
 

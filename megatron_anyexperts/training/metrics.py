@@ -13,11 +13,11 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import parse_hybrid_pat
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.training import get_args, training
 
-from megatron_anyexperts.config import AnyExpertsConfig
+from megatron_anyexperts.moe.config import AnyExpertsConfig
 from megatron_anyexperts.moe.metrics import RoutingTracker
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.heartbeat import Heartbeat
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.training.flops import PEAK_BF16, ModelFlops
 from megatron_anyexperts.training.step_stats import Interval, StepStats
 

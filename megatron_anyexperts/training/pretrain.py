@@ -22,7 +22,7 @@ from megatron_anyexperts.survival.checkpoints import NotSaved, NoUsableCheckpoin
 from megatron_anyexperts.survival.exit_codes import ExitCode
 from megatron_anyexperts.survival.lock import RunInUse, RunLock
 from megatron_anyexperts.survival.lost_writes import tolerate_full_disk
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.survival.signals import live_with_parent
 from megatron_anyexperts.training.arguments import UsageError, parse
 
@@ -46,7 +46,7 @@ def transformer_config(args: argparse.Namespace) -> Any:
     """The decoder's `AnyExpertsConfig` from Megatron's arguments."""
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from megatron_anyexperts.config import AnyExpertsConfig
+    from megatron_anyexperts.moe.config import AnyExpertsConfig
 
     return core_transformer_config_from_args(args, config_class=AnyExpertsConfig)
 
@@ -200,7 +200,8 @@ def _run_megatron(
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_anyexperts.media import MediaShape
-    from megatron_anyexperts.training import curves, learning_rates, metrics, schedule, stopping, upstream
+    from megatron_anyexperts.platform import megatron as upstream
+    from megatron_anyexperts.training import curves, learning_rates, metrics, schedule, stopping
     from megatron_anyexperts.training.checkpoints import Checkpoints
     from megatron_anyexperts.training.data import DataProvider
     from megatron_anyexperts.training.forward_step import ForwardStep

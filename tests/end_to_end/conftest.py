@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from megatron_anyexperts.data.tokenizer import train_tokenizer
-from tests.data.feed import corpus as small_corpus
+from tests.feed import corpus as small_corpus
 
 
 @pytest.fixture(scope="session")

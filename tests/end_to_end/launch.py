@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_anyexperts.survival import runlog
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 from tests.multirank import FORKED, free_port
 
 ROOT = Path(__file__).resolve().parents[2]

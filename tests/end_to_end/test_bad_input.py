@@ -7,8 +7,8 @@ import shutil
 import pytest
 import yaml
 
-from megatron_anyexperts.survival.run import Run
-from tests.data import deadly
+from megatron_anyexperts.survival.run_directory import Run
+from tests import deadly
 from tests.end_to_end.launch import TINY, pretrain, run_ranks_fresh
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from megatron_anyexperts.data.tokenizer import train_tokenizer
+from megatron_anyexperts.evaluation.budgets import Budget
 from megatron_anyexperts.training.arguments import UsageError
-from megatron_anyexperts.training.budgets import Budget
-from tests.data.feed import corpus as small_corpus
 from tests.end_to_end.launch import ROOT, TINY, pretrain, start_ranks
+from tests.feed import corpus as small_corpus
 
 COMMAND = ROOT / "pretrain/evaluate_budgets.py"
 PICTURES = ROOT / "pretrain/show_routing.py"

@@ -11,9 +11,9 @@ import yaml
 
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.training.arguments import read_config
-from megatron_anyexperts.training.bailing import Bailing
+from megatron_anyexperts.weights.bailing import Bailing
 from tests.end_to_end.launch import ROOT, Finished, pretrain, start_ranks
-from tests.unit.conversion.reference import TINY, random_weights, write
+from tests.unit.weights.reference import TINY, random_weights, write
 
 CONFIGS = ROOT / "pretrain/configs"
 FIXED, DYNAMIC = (CONFIGS / f"ling_mini_2_0_{name}proxy_cpu.yaml" for name in ("", "anyexperts_"))

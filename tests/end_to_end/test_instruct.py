@@ -10,8 +10,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from megatron_anyexperts.models.build import part_of
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.training.step_stats import read_sample_log
-from tests.data.feed import corpus as small_corpus
 from tests.end_to_end.launch import ROOT, Finished, pretrain
+from tests.feed import corpus as small_corpus
 
 ENTRY = ROOT / "pretrain/instruct_tune.py"
 PARTS = ("--freeze-audio-encoder", "--freeze-importance", "--lr-scale-vision-encoder", "1e-6")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_anyexperts.survival import checkpoints, runlog
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 from tests.end_to_end.launch import ENTRY, ROOT, TINY
 from tests.multirank import free_port
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_anyexperts.survival import runlog
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 from tests.slurm.cluster import NODES, Cluster, missing
 
 ROOT = Path(__file__).resolve().parents[2]

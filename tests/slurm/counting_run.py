@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron_anyexperts.survival import checkpoints, retention, runlog
 from megatron_anyexperts.survival.heartbeat import start_heartbeat
 from megatron_anyexperts.survival.manifest import TRACKER, begin_save, iteration_directory, seal
-from megatron_anyexperts.survival.run import Run, rank_file
+from megatron_anyexperts.survival.run_directory import Run, rank_file
 
 GLOBAL_BATCH = 4
 

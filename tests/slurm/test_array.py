@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.data.build.raw import raw_corpus, tree_bytes
+from tests.corpus.raw import raw_corpus, tree_bytes
 from tests.slurm.conftest import ROOT, Submitted
 
 

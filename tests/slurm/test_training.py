@@ -17,8 +17,8 @@ import pytest
 
 from megatron_anyexperts.survival import checkpoints, runlog
 from megatron_anyexperts.survival.manifest import iteration_directory, saved_iterations
-from megatron_anyexperts.survival.run import Run
-from tests.data.feed import corpus
+from megatron_anyexperts.survival.run_directory import Run
+from tests.feed import corpus
 from tests.slurm.conftest import Submitted
 
 PROGRAM = "pretrain_multimodal"

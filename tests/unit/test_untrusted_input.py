@@ -32,7 +32,7 @@ RUNS_CODE = {
     "subprocess.getoutput",
 }
 EXCEPTIONS = {
-    ("megatron_anyexperts/doctor.py", "importlib.import_module"): "names of packages in its own table",
+    ("megatron_anyexperts/checks/doctor.py", "importlib.import_module"): "names of packages in its own table",
     ("megatron_anyexperts/platform/cpu.py", "importlib.import_module"): "names of modules in its own table",
 }
 

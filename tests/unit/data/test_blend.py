@@ -8,8 +8,8 @@ from megatron.energon.epathlib import EPath
 
 from megatron_anyexperts.data.blend import UntrustedBlend, check_blend, open_blend
 from megatron_anyexperts.data.loader import WorkerConfig
-from tests.data.feed import corpus
-from tests.data.feed.conftest import CONFIG
+from tests.feed import corpus
+from tests.feed.conftest import CONFIG
 
 ONE = WorkerConfig(rank=0, world_size=1, num_workers=1)
 RUNS = "open({marker!r}, 'w').write('ran')\ndef f(*_): return True\n"

@@ -11,7 +11,7 @@ from megatron_anyexperts.data.encode import DocumentEncoder
 from megatron_anyexperts.data.samples import AUDIO, IMAGE, TEXT, VIDEO, Document, SampleError, Text
 from megatron_anyexperts.data.vocabulary import Vocabulary
 from megatron_anyexperts.media import MediaShape
-from tests.data.feed import corpus
+from tests.feed import corpus
 
 SHAPE = MediaShape(patch_size=7)
 CONFIG = DataConfig(data_image_max_patches=256, data_video_max_patches=256, data_video_fps=2.0, data_video_max_frames=4)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from megatron_anyexperts.data import media_decode, media_speech
 from megatron_anyexperts.data.log_mel import log_mel
 from megatron_anyexperts.data.media_stream import Sound
-from tests.data.feed import corpus
+from tests.feed import corpus
 
 
 @settings(deadline=None)

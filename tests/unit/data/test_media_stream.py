@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from megatron_anyexperts.data import media_stream
 from megatron_anyexperts.data.media_forms import MediaError
 from megatron_anyexperts.data.media_stream import decode_frames, decode_sound, probe_video
-from tests.data.build.media import encoded_audio, encoded_video, mp3_that_changes_its_channels
-from tests.data.feed import corpus
+from tests.corpus.media import encoded_audio, encoded_video, mp3_that_changes_its_channels
+from tests.feed import corpus
 
 
 def test_a_sound_that_changes_its_channels_is_read_on_as_mono():

@@ -3,8 +3,8 @@
 import torch
 from megatron.core.models.hybrid.hybrid_layer_allocation import get_hybrid_total_layer_count
 
-from megatron_anyexperts.config import AnyExpertsConfig
 from megatron_anyexperts.media import MediaShape
+from megatron_anyexperts.moe.config import AnyExpertsConfig
 
 SHAPE = MediaShape(patch_size=2, spatial_merge=2, n_mels=5, audio_stride=4)
 HIDDEN = 32

@@ -2,7 +2,7 @@ import argparse
 
 import pytest
 
-from megatron_anyexperts.config import AnyExpertsConfig, add_anyexperts_args
+from megatron_anyexperts.moe.config import AnyExpertsConfig, add_anyexperts_args
 from tests.unit.moe.builders import config
 
 REFUSED = [

@@ -16,7 +16,7 @@ from megatron_anyexperts.survival import manifest, retention, runlog
 from megatron_anyexperts.survival.checkpoints import NotSaved
 from megatron_anyexperts.survival.lock import Holder, RunLock
 from megatron_anyexperts.survival.manifest import TRACKER, iteration_directory, saved_iterations
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.training import checkpoints
 from tests.full_disk import small_disk
 

@@ -11,7 +11,7 @@ import pytest
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.heartbeat import read_beats, start_heartbeat
 from megatron_anyexperts.survival.lost_writes import LostWrites
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.training.step_stats import SampleLog, forget_after, read_sample_log
 from tests.full_disk import fill, small_disk
 

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from megatron_anyexperts.survival import lock as locks
 from megatron_anyexperts.survival.lock import STALE_S, Holder, RunInUse, RunLock, why_stale
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from megatron_anyexperts.survival.lock import RunInUse, RunLock
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 print("ready", flush=True)
 sys.stdin.readline()
 try:

@@ -7,7 +7,7 @@ import pytest
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.heartbeat import start_heartbeat
 from megatron_anyexperts.survival.manifest import iteration_directory, seal
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.survival.status import screen, seconds_per_iteration
 
 

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_anyexperts.survival.heartbeat import Beat, clear, last_stack, read_beats, start_heartbeat
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.survival.watchdog import Patience, Watch, overdue
 
 PATIENCE = Patience(train=60, start=600)
 RANK = """
 import pathlib, sys, time
 from megatron_anyexperts.survival.heartbeat import start_heartbeat
-from megatron_anyexperts.survival.run import Run
+from megatron_anyexperts.survival.run_directory import Run
 heartbeat = start_heartbeat(Run(pathlib.Path(sys.argv[1])), 3)
 heartbeat.beat(7)
 print("ready", flush=True)

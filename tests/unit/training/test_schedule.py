@@ -13,7 +13,8 @@ from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_opti
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.utils import unwrap_model
 
-from megatron_anyexperts.training import schedule, upstream
+from megatron_anyexperts.platform import megatron as upstream
+from megatron_anyexperts.training import schedule
 from megatron_anyexperts.training.learning_rates import LearningRateConfig
 from tests.unit.moe import rank_cases
 from tests.unit.moe.builders import HIDDEN, config
