@@ -1,6 +1,5 @@
 """Builds the multimodal model of one pipeline stage from Megatron's arguments, and freezes parts of it."""
 
-import importlib
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, fields
 
@@ -115,7 +114,7 @@ def can_fuse_gradient_accumulation() -> bool:
     """Whether apex's kernel is there, without which Megatron 0.19 builds no output layer under
     `gradient_accumulation_fusion`, its default, whatever Transformer Engine brings for the other layers."""
     try:
-        importlib.import_module("fused_weight_gradient_mlp_cuda")
+        import fused_weight_gradient_mlp_cuda  # noqa: F401
     except ImportError:
         return False
     return True
