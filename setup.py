@@ -12,7 +12,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.12",
-    packages=find_packages(include=["megatron_anyexperts", "megatron_anyexperts.*"]),
+    packages=[*find_packages(include=["megatron_anyexperts", "megatron_anyexperts.*"]), "megatron_anyexperts.configs"],
+    # The shipped configurations travel with the wheel, for --config NAME without a checkout.
+    package_dir={"megatron_anyexperts.configs": "pretrain/configs"},
+    package_data={"megatron_anyexperts": ["py.typed"], "megatron_anyexperts.configs": ["*.yaml"]},
+    entry_points={"console_scripts": ["anyexperts = megatron_anyexperts.cli:main"]},
     install_requires=[
         # 0.19.2 is the wheel whose internals the CPU bridge and the checkpoint fixes were checked against.
         "megatron-core>=0.19.2,<0.20",
@@ -33,6 +37,7 @@ setup(
         "pyyaml>=6",
         "safetensors>=0.5",
         "scipy>=1.14",
+        "shtab>=1.7",
         "tensorboard>=2.18",
         "tokenizers>=0.21",
         "tqdm>=4.66",

@@ -1,43 +1,8 @@
-"""Convert weights of BailingMoeV2 models (Ling 2.0) between Hugging Face and this project's checkpoints.
+"""The command `anyexperts convert` for a checkout, see `megatron_anyexperts/commands/convert.py`."""
 
-    python pretrain/convert_checkpoint.py import --hf DIR --save CHECKPOINT
-    python pretrain/convert_checkpoint.py export --load CHECKPOINT --hf-config DIR/config.json --save DIR
-
-One process without a GPU; memory holds one tensor on import and one layer on export. Exit code 2: refused, with a
-list of the tensors that do not fit.
-"""
-
-import argparse
 import sys
-from pathlib import Path
 
-from megatron_anyexperts.training.arguments import UsageError
-from megatron_anyexperts.weights.conversion import export_weights, import_weights
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    importing = commands.add_parser("import", help="Hugging Face directory to checkpoint")
-    importing.add_argument("--hf", type=Path, required=True, help="directory with config.json and *.safetensors")
-    exporting = commands.add_parser("export", help="checkpoint to Hugging Face directory")
-    exporting.add_argument("--load", type=Path, required=True, help="checkpoint directory")
-    exporting.add_argument("--hf-config", type=Path, required=True, help="config.json of the architecture")
-    for command in (importing, exporting):
-        command.add_argument("--save", type=Path, required=True, help="new directory")
-    chosen = parser.parse_args()
-    try:
-        if chosen.command == "import":
-            import_weights(chosen.hf, chosen.save)
-            print(f"checkpoint: {chosen.save} (use --load; the model's flags are in {chosen.save / 'model.yaml'})")
-        else:
-            files = export_weights(chosen.load, chosen.hf_config, chosen.save)
-            print(f"{len(files)} weight files: {chosen.save}")
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
+from megatron_anyexperts.commands.convert import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,44 +1,8 @@
-"""Draw what routing learned: losses and slots over training, importance over held-out images and video frames.
-
-    python pretrain/show_routing.py --config pretrain/configs/demo.yaml --run-dir RUN [flags of the training]
-
-Reads RUN/logs and the newest checkpoint; writes PNG files to RUN/pictures.
-"""
+"""The command `anyexperts pictures` for a checkout, see `megatron_anyexperts/commands/pictures.py`."""
 
 import sys
-from pathlib import Path
 
-from megatron_anyexperts.evaluation.trained_model import load_model, start
-from megatron_anyexperts.survival import runlog
-from megatron_anyexperts.survival.run_directory import Run
-from megatron_anyexperts.training.arguments import UsageError
-
-
-def main() -> int:
-    try:
-        args = start(sys.argv[1:])
-        if args.run_dir is None:
-            raise UsageError("--run-dir is not set; it names the run to draw")
-        from megatron_anyexperts.analysis.pictures import frame_bars, importance_heatmaps, loss_curves, slot_curves
-        from megatron_anyexperts.evaluation.held_out import media_importance
-
-        run = Run(Path(args.run_dir))
-        folder = run.root / "pictures"
-        metrics = runlog.read_metrics(run)
-        if metrics:
-            loss_curves(metrics, folder / "loss_by_modality.png")
-            slot_curves(metrics, folder / "slots_by_modality.png")
-        images, videos = media_importance(args, load_model(args), count=4)
-        if images:
-            importance_heatmaps(images, folder / "importance.png")
-        if videos:
-            frame_bars(videos, folder / "frames.png")
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"pictures: {folder}")
-    return 0
-
+from megatron_anyexperts.commands.pictures import main
 
 if __name__ == "__main__":
     sys.exit(main())

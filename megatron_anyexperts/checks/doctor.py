@@ -1,6 +1,6 @@
 """Says what accelerates this installation, what is missing, and whether a configuration can run on it.
 
-    python -m megatron_anyexperts.doctor [--config FILE.yaml] [--ranks N] [any flag of the training command line]
+    anyexperts doctor [--config FILE.yaml] [--ranks N] [any flag of the training command line]
 
 Ends with exit code 1 when the configuration cannot run here, 2 when it cannot be read, else 0.
 """
@@ -12,11 +12,12 @@ import contextlib
 import importlib
 import importlib.metadata
 import io
+import json
 import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from unittest.mock import patch
 
 from megatron_anyexperts.platform import cpu
@@ -236,19 +237,26 @@ def refused_by_training(args: argparse.Namespace, ranks: int | None, complete: b
     return None
 
 
-def main(cli: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+def parser() -> argparse.ArgumentParser:
+    """The flags of this command; all others are those of training."""
     own = argparse.ArgumentParser(
-        prog="python -m megatron_anyexperts.doctor",
         description="Print what accelerates this installation and what is missing; check a configuration against it.",
         epilog="Every other flag is one of the training command line and overrides the configuration.",
         allow_abbrev=False,
     )
     own.add_argument("--config", help="YAML file of training flags to check")
     own.add_argument("--ranks", type=int, help="size of the job; default: the smallest its parallel sizes allow")
-    chosen, flags = own.parse_known_args(cli)
+    own.add_argument("--json", action="store_true", help="print what was found as JSON")
+    return own
+
+
+def main(cli: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    # Megatron asserts it when it validates tensor parallelism.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    chosen, flags = parser().parse_known_args(cli)
     found = inspect_installation()
-    print(report(found))
+    print(json.dumps(asdict(found)) if chosen.json else report(found))
     if chosen.config is None and not flags:
         return 0
     from megatron_anyexperts.training.arguments import UsageError
@@ -268,10 +276,3 @@ def main(cli: list[str] | None = None) -> int:
         return 0
     print(f"{name} cannot run here:", *(f"  - {problem}" for problem in problems), sep="\n", file=sys.stderr)
     return 1
-
-
-if __name__ == "__main__":
-    os.environ.setdefault(
-        "CUDA_DEVICE_MAX_CONNECTIONS", "1"
-    )  # Megatron asserts it when it validates tensor parallelism
-    sys.exit(main())

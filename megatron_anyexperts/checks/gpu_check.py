@@ -1,6 +1,6 @@
 """Compares precisions and implementations of the whole model on one device: one command, one table.
 
-    python -m megatron_anyexperts.gpu_check [--steps 50] [--hidden-size 1024]
+    anyexperts gpu-check [--steps 50] [--hidden-size 1024]
 
 Every row trains the same small multimodal model, from the same weights on the same batches, in another way, and is
 held against a reference row: the losses of all steps, the first gradient's direction, memory and speed. FP8 recipes
@@ -325,23 +325,25 @@ def one_rank(device: str) -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
+def parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    own = argparse.ArgumentParser(description="Compare precisions and implementations of the model.")
+    own.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    own.add_argument("--steps", type=int, default=50, help="training steps of each row")
+    own.add_argument("--hidden-size", type=int, default=1024, help="width of the decoder, a multiple of 64")
+    own.add_argument("--seq-length", type=int, default=1024, help="tokens of a row, a multiple of 64")
+    own.add_argument("--lr", type=float, default=3e-4)
+    return own
+
+
 def main(cli: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_anyexperts.gpu_check",
-        description="Compare precisions and implementations of the model.",
-    )
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--steps", type=int, default=50, help="training steps of each row")
-    parser.add_argument("--hidden-size", type=int, default=1024, help="width of the decoder, a multiple of 64")
-    parser.add_argument("--seq-length", type=int, default=1024, help="tokens of a row, a multiple of 64")
-    parser.add_argument("--lr", type=float, default=3e-4)
-    options = parser.parse_args(cli)
+    options = parser().parse_args(cli)
     found = inspect_installation()
     if options.device == "cuda" and (found.capability is None or found.transformer_engine is None):
         missing = "CUDA" if found.capability is None else "Transformer Engine"
         print(
-            f"{missing} is missing (see python -m megatron_anyexperts.doctor); --device cpu runs the rest",
+            f"{missing} is missing (see anyexperts doctor); --device cpu runs the rest",
             file=sys.stderr,
         )
         return 2
@@ -354,7 +356,3 @@ def main(cli: list[str] | None = None) -> int:
         if not fusion:
             print("gradient accumulation fusion is off, as in training: it needs apex")
         return 0 if compare(rows(options.device == "cuda", found.fp8_recipes, fusion), options) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

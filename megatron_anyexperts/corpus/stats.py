@@ -70,14 +70,21 @@ def _measure(kind: str, meta: dict, size: int) -> dict[str, float]:
     return measures
 
 
+def quantiles(measured: Measured) -> dict[str, dict[str, list[float]]]:
+    """Kind -> measure -> its values at `QUANTILES`, without measures that are 0 throughout."""
+    return {
+        kind: {name: np.percentile(values, QUANTILES).tolist() for name, values in measures.items() if values.any()}
+        for kind, measures in measured.items()
+    }
+
+
 def quantile_table(measured: Measured) -> str:
     """Quantiles of every measure of every kind."""
-    rows = []
-    for kind, measures in measured.items():
-        for name, values in measures.items():
-            if values.any():
-                quantiles = np.percentile(values, QUANTILES)
-                rows.append([f"{kind} {name}", len(values), *(f"{value:,.4g}" for value in quantiles)])
+    rows = [
+        [f"{kind} {name}", len(measured[kind][name]), *(f"{value:,.4g}" for value in values)]
+        for kind, measures in quantiles(measured).items()
+        for name, values in measures.items()
+    ]
     return table(rows, ["measure", "samples", *(f"{quantile} %" for quantile in QUANTILES)])
 
 

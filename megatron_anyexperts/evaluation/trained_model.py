@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from megatron_anyexperts.platform import cpu
-from megatron_anyexperts.training.arguments import UsageError, parse
+from megatron_anyexperts.training.arguments import UsageError, be_a_rank, parse
 from megatron_anyexperts.training.comparison import RunSettings
 from megatron_anyexperts.training.pretrain import DEFAULTS, check, model_provider, transformer_config
-
-_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def start(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> argparse.Namespace:
@@ -29,8 +26,7 @@ def start(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> argparse.Na
         UsageError: the command line cannot be carried out.
     """
     cpu.bridge(training=True)
-    if "RANK" not in os.environ:
-        os.environ.update(_ALONE)
+    be_a_rank()
     try:
         args = parse(cli, defaults)
         check(args)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-import yaml
 
 from megatron_anyexperts.training.config import RunConfig, apply_run_dir
+from megatron_anyexperts.training.config_files import read_config
+from megatron_anyexperts.training.help import ParserHook, help_text, training_parser
+from megatron_anyexperts.training.usage import UsageError
 
-ParserHook = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
-
-
-class UsageError(ValueError):
-    """What the user asked for cannot be done; the message says what to change."""
+HELP = {"-h", "--help", "--help-all"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -36,23 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for config, title in groups:
         ArgumentGroupFactory(config).build_group(parser, title=title)
     return parser
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """Read a YAML mapping of flag names to values; ``-`` and ``_`` are the same in a name.
-
-    Raises:
-        UsageError: the file is missing, is not YAML, or is not a flat mapping.
-    """
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read --config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"--config {path} is not YAML: {error}") from error
-    if not isinstance(config, Mapping) or any(isinstance(value, Mapping) for value in config.values()):
-        raise UsageError(f"--config {path} must be a flat mapping of Megatron flags to values")
-    return {str(key).replace("_", "-"): value for key, value in config.items()}
 
 
 def config_to_argv(config: Mapping[str, Any], overridden: set[str], flags: Mapping[str, argparse.Action]) -> list[str]:
@@ -97,19 +79,22 @@ def merge(cli: list[str], add: ParserHook = add_arguments) -> list[str]:
 
     Raises:
         UsageError: an unknown key or flag, or an unreadable file.
+        SystemExit: help was asked for, and printed.
     """
-    from megatron.training.arguments import add_megatron_arguments
-
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--config")
     own.add_argument("--unset", action="append", default=[])
     chosen, rest = own.parse_known_args(cli)
-    parser = add(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    parser = training_parser(add)
+    if wanted := HELP & set(rest):
+        if os.environ.get("RANK", "0") == "0":
+            print(help_text(parser, Path(sys.argv[0]).name, everything="--help-all" in wanted))
+        raise SystemExit(0)
     flags = {option: action for action in parser._actions for option in action.option_strings}
 
     given = [word.split("=", 1)[0] for word in rest if word.startswith("--")]
     for option in given:
-        if option not in flags and option != "--help":
+        if option not in flags:
             raise UsageError(f"unknown flag {option}{_nearest(option, flags)}")
     config = read_config(chosen.config) if chosen.config else {}
     for key in (key.replace("_", "-") for key in chosen.unset):
@@ -117,7 +102,15 @@ def merge(cli: list[str], add: ParserHook = add_arguments) -> list[str]:
             raise UsageError(f"--unset {key}: {chosen.config} has no such key")
         del config[key]
     overridden = {flags[option].dest for option in given if option in flags}
-    return config_to_argv(config, overridden, flags) + rest
+    words = config_to_argv(config, overridden, flags) + rest
+    # Megatron's own parsing would answer a wrong value with the names of its 880 flags.
+    parser.error = _refuse_words
+    parser.parse_args(words)
+    return words
+
+
+def _refuse_words(message: str) -> NoReturn:
+    raise UsageError(message)
 
 
 def _refuse(args: argparse.Namespace) -> None:
@@ -143,6 +136,15 @@ def _refuse(args: argparse.Namespace) -> None:
     for path in (*(args.data_path or ()), args.tokenizer_model):
         if path and "://" not in path and not Path(path).exists():
             raise UsageError(f"{path} does not exist; build shards and tokenizer with data_tools/build_shards.py")
+
+
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def be_a_rank() -> None:
+    """Make a process that no launcher started a group of one."""
+    if "RANK" not in os.environ:
+        os.environ.update(_ALONE)
 
 
 def parse(cli: list[str], defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -24,7 +26,7 @@ from megatron_anyexperts.survival.lock import RunInUse, RunLock
 from megatron_anyexperts.survival.lost_writes import tolerate_full_disk
 from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.survival.signals import live_with_parent
-from megatron_anyexperts.training.arguments import UsageError, parse
+from megatron_anyexperts.training.arguments import UsageError, be_a_rank, parse
 
 if TYPE_CHECKING:
     from megatron_anyexperts.training.comparison import RunSettings
@@ -96,7 +98,7 @@ def check(args: argparse.Namespace) -> None:
     if args.gradient_accumulation_fusion and not can_fuse_gradient_accumulation():
         args.gradient_accumulation_fusion = False
         if args.rank == 0:
-            said = "gradient accumulation fusion is off: it needs apex (see python -m megatron_anyexperts.doctor)"
+            said = "gradient accumulation fusion is off: it needs apex (see anyexperts doctor)"
             print(said, file=sys.stderr)
     refuse_unsupported(args, transformer_config(args))
     MediaShape.from_args(args)
@@ -128,6 +130,7 @@ def pretrain(
     from megatron_anyexperts.data.faults import DataFeedError
 
     cpu.bridge(training=True)
+    be_a_rank()
     try:
         args = parse(cli, defaults)
         check(args)
@@ -242,6 +245,14 @@ def _run_megatron(
     checkpoints.refuse_unsaved()
 
 
+def tell_torchrun(error: Exception) -> None:
+    """Put the reason into the report that torchrun prints last; without torchrun nothing happens."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": f"error: {error}", "timestamp": int(time.time())}
+        reason = {"message": {"message": str(error), "extraInfo": extra}}
+        Path(path).write_text(json.dumps(reason), encoding="utf-8")
+
+
 def main(cli: list[str] | None = None, pretrain: Callable[[list[str]], None] = pretrain) -> int:
     """Entry point of one rank; returns its `ExitCode`."""
     # Said once by the doctor command instead of by each rank at each import.
@@ -255,8 +266,10 @@ def main(cli: list[str] | None = None, pretrain: Callable[[list[str]], None] = p
     except UsageError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        tell_torchrun(error)
         return ExitCode.USAGE
     except (CheckpointError, DataFeedError, NoUsableCheckpoint, NotSaved) as error:
+        tell_torchrun(error)
         print(f"error (rank {os.environ.get('RANK', '0')}): {error}", file=sys.stderr)
         return ExitCode.NOT_SAVED if isinstance(error, NotSaved) else ExitCode.FAILED
     finally:

@@ -46,7 +46,7 @@ def trained(tmp_path_factory) -> Trained:
 def evaluated(trained, tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("evaluated")
     budgets = ["1:1", "2:2", "3:3", "1:3:1.5", "1:3:2.5:2.2", "1:3"]
-    files = ["--output", str(folder / "budgets.json"), "--plot", str(folder / "budgets.png")]
+    files = ["--output", str(folder)]
     code, output = trained.call(COMMAND, "--budgets", *budgets, "--batches", "6", "--passes", "80", *files)
     assert code == 0, output[-4000:]
     assert (folder / "budgets.png").stat().st_size > 10_000
@@ -84,7 +84,7 @@ def test_losses_are_those_of_each_kind_of_sample(evaluated):
 
 
 def test_expert_parallel_ranks_share_the_work(trained, evaluated, tmp_path):
-    words = ["--budgets", "2:2", "--batches", "3", "--output", str(tmp_path / "budgets.json")]
+    words = ["--budgets", "2:2", "--batches", "3", "--output", str(tmp_path)]
     code, output = trained.call(COMMAND, *words, "--expert-model-parallel-size", "2", ranks=2)
     assert code == 0, output[-4000:]
     for row in json.loads((tmp_path / "budgets.json").read_text()):

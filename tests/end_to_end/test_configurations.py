@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from megatron_anyexperts.training.arguments import parse, read_config
+from megatron_anyexperts.training.arguments import parse
+from megatron_anyexperts.training.config_files import read_config
 from tests.end_to_end.dumping_pretrain import live_state
 from tests.end_to_end.launch import DUMPING, ROOT, pretrain
 from tests.end_to_end.proxies import proxy

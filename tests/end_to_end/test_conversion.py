@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megatron_anyexperts.survival import runlog
-from megatron_anyexperts.training.arguments import read_config
+from megatron_anyexperts.training.config_files import read_config
 from megatron_anyexperts.weights.bailing import Bailing
 from tests.end_to_end.launch import ROOT, Finished, pretrain, start_ranks
 from tests.unit.weights.reference import TINY, random_weights, write

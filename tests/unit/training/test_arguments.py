@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from megatron_anyexperts.training.arguments import UsageError, _refuse, config_to_argv, merge, read_config
+from megatron_anyexperts.training.arguments import UsageError, _refuse, config_to_argv, merge
+from megatron_anyexperts.training.config_files import read_config
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -1,0 +1,97 @@
+"""Ask a trained model something, or score its answers to held-out questions.
+
+    anyexperts generate --config CONFIG --run-dir RUN --prompt "Which object is in this picture?" --image X.png
+    anyexperts generate --config CONFIG --load CHECKPOINTS --evaluate [--examples 2] [flags of the training]
+
+Prints the answer and, for each token that was read, the expert slots it got (mean over the layers). One process.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_anyexperts.evaluation.trained_model import load_model, start
+from megatron_anyexperts.training.arguments import UsageError
+
+
+def show(generated, as_json: bool) -> None:
+    """Print an answer and the slots of every token, placeholders of one medium summed up."""
+    if as_json:
+        print(json.dumps(asdict(generated)))
+        return
+    print(f"answer: {generated.text}")
+    print("slots per token:")
+    for name, tokens in (("prompt", generated.prompt), ("answer", generated.answer)):
+        words = [f"{token.text!r} {'-' if token.slots is None else f'{token.slots:.2f}'}" for token in tokens]
+        print(f"  {name}: {'  '.join(words)}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of this command; all others go to Megatron's parser."""
+    own = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    own.add_argument("--prompt", help="the user's question")
+    for kind in ("image", "audio", "video"):
+        own.add_argument(
+            f"--{kind}", type=Path, action="append", default=[], help=f"{kind} file before the question"
+        )
+    own.add_argument("--max-new-tokens", type=int, default=32, help="longest answer (default: 32)")
+    own.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
+    own.add_argument("--sampling-seed", type=int, default=0, help="seed of sampled answers (default: 0)")
+    own.add_argument("--evaluate", action="store_true", help="score the conversations held out in --data-path")
+    own.add_argument("--json", action="store_true", help="with --prompt: print JSON")
+    own.add_argument("--examples", type=int, default=0, help="with --evaluate: answers to print per task")
+    return own
+
+
+def evaluate(args: argparse.Namespace, model, own: argparse.Namespace) -> None:
+    """Print the scores of each task, and decoded answers."""
+    from megatron_anyexperts.evaluation.answers import AnswerScorer, score_table
+    from megatron_anyexperts.evaluation.generation import generate, up_to_answer
+
+    scorer = AnswerScorer.from_args(args)
+    if not scorer.questions:
+        raise UsageError(f"{args.data_path} holds out no conversation; name a blend of chat shards")
+    shown: Counter[str] = Counter()
+    for question in scorer.questions:
+        shown[question.task] += 1
+        if shown[question.task] <= own.examples:
+            planned, vocabulary = question.planned, scorer.encoder.vocabulary
+            answer = generate(model, scorer.encoder, up_to_answer(question.document), own.max_new_tokens)
+            expected = vocabulary.decode(planned.tokens[planned.target].tolist()).partition("<|im_end|>")[0]
+            print(f"{question.task}: expected {expected!r}, answered {answer.text!r}")
+    print(f"checkpoint: {args.load}, iteration {args.iteration}\n{score_table(scorer(model))}")
+
+
+def main(cli: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    own, rest = parser().parse_known_args(cli)
+    if own.evaluate == (own.prompt is not None):
+        parser().error("give either --prompt or --evaluate")
+    try:
+        args = start(rest)
+        if args.world_size > 1:
+            raise UsageError(f"{args.world_size} processes: run this command in one, checkpoints fit any layout")
+        if args.anyexperts_dispatch_eps is not None:
+            # Who is over the cap depends on all tokens of a step: a token's output would depend on later ones.
+            print("note: the dispatch cap is not causal; generation runs without it")
+            args.anyexperts_dispatch_eps = None
+        model = load_model(args)
+        if own.evaluate:
+            evaluate(args, model, own)
+            return 0
+        from megatron_anyexperts.evaluation.answers import document_encoder
+        from megatron_anyexperts.evaluation.generation import generate, media_file, prompt_document
+
+        media = [media_file(path, kind) for kind in ("image", "audio", "video") for path in getattr(own, kind)]
+        document = prompt_document(own.prompt, media)
+        sampling = (own.max_new_tokens, own.temperature, own.sampling_seed)
+        show(generate(model, document_encoder(args), document, *sampling), own.json)
+    except (UsageError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
