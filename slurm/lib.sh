@@ -1,55 +1,12 @@
 # shellcheck shell=bash
-# Shared by the batch scripts and by slurm/submit. Settings come from slurm/profiles/*.env; KEY=VALUE arguments of
-# slurm/submit win over them.
+# Shared by the batch scripts and by slurm/submit.
 
 # Programs by kind of job, relative to the checkout; the setting ENTRY replaces them.
 # shellcheck disable=SC2034 # the scripts that source this file read it
 declare -A ENTRIES=([pretrain]=pretrain/pretrain_multimodal.py [instruct_tune]=pretrain/instruct_tune.py)
 
-# All settings, with what they are when neither profile nor command line gives them. ROOT is the checkout.
-SETTINGS=(
-  RUN= ENTRY= PROFILE= ARRAY= JOB_NAME=
-  ACCOUNT= PARTITION= QOS= TIME=24:00:00 SBATCH_EXTRA= SRUN_EXTRA=
-  NODES=1 SPARE_NODES=0 RANKS_PER_NODE=1 CPUS_PER_RANK=1 GPUS_PER_NODE=0
-  "PYTHON=$ROOT/.venv/bin/python" HOST_PYTHON=
-  CONTAINER=none IMAGE= MOUNTS=
-  SIGNAL_LEAD_S=300 MAX_FAILURES=3 RETRY_DELAY_S=10 HANG_S=600 START_S=1800
-  PREFLIGHT=full MIN_FREE_GIB=10 CLOCK_TOLERANCE_S=5 MIN_GIGABYTES_PER_S=0 PREFLIGHT_TIMEOUT_S=300
-)
-
-is_setting() {
-  local each
-  for each in "${SETTINGS[@]}"; do [[ ${each%%=*} == "$1" ]] && return; done
-  return 1
-}
-
-# load_settings: defaults, then the profile, then the overrides that slurm/submit passed on.
-load_settings() {
-  local override key profile=${PROFILE:-generic} overrides=${ANYEXPERTS_SETTINGS:-}
-  for override in "${SETTINGS[@]}"; do printf -v "${override%%=*}" %s "${override#*=}"; done
-  while IFS= read -r override; do
-    [[ $override == PROFILE=* ]] && profile=${override#*=}
-  done <<<"$overrides"
-  [[ $profile == */* ]] || profile=$ROOT/slurm/profiles/$profile.env
-  [[ -r $profile ]] || { echo "no profile $profile; PROFILE is a name in slurm/profiles or a path" >&2; return 2; }
-  # shellcheck source=/dev/null
-  source "$profile"
-  PROFILE=$profile
-  while IFS= read -r override; do
-    [[ -z $override ]] && continue
-    key=${override%%=*}
-    # Not any variable: PATH=... would reach this script itself.
-    is_setting "$key" || {
-      echo "unknown setting $override; settings are ${SETTINGS[*]%%=*}, explained in slurm/profiles/generic.env and" \
-        "slurm/submit --help; other variables reach the ranks when a profile exports them" >&2
-      return 2
-    }
-    [[ $key == PROFILE ]] || printf -v "$key" %s "${override#*=}"
-  done <<<"$overrides"
-  HOST_PYTHON=${HOST_PYTHON:-$PYTHON}
-  # shellcheck disable=SC2153 # NODES is one of SETTINGS
-  MIN_NODES=${NODES%-*} MAX_NODES=${NODES#*-}
-}
+# shellcheck source=slurm/settings.sh
+source "$ROOT/slurm/settings.sh"
 
 # srun_command COUNT NODELIST NAME RANKS_PER_NODE [OPTION ...]: fills the array SRUN; a command appended to it runs in
 # every rank.
@@ -70,7 +27,6 @@ srun_command() {
       SRUN+=("$ROOT/slurm/rank.sh" apptainer exec --bind "$mounts" --pwd "$ROOT")
       ((GPUS_PER_NODE)) && SRUN+=(--nv)
       SRUN+=("$IMAGE") ;;
-    *) echo "CONTAINER=$CONTAINER is not none, pyxis or apptainer" >&2; return 2 ;;
   esac
 }
 
@@ -94,18 +50,26 @@ address_of() { # a node's name need not resolve; the address that Slurm itself u
   scontrol show node -o "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'
 }
 
-# on_every_node NODE...: runs the survival command in COMMAND once on each, its output into the file REPORTS.
+# on_every_node NODE...: runs the survival command in COMMAND once on each, its output into the file REPORTS; fails when
+# the job was asked to stop meanwhile, which leaves the reports without meaning.
 on_every_node() {
   local nodes
   nodes=$(IFS=,; echo "$*")
   srun_command $# "$nodes" preflight 1 --kill-on-bad-exit=0 # a node that fails must not silence the others
   MASTER_ADDR=$(address_of "$1") timeout "$PREFLIGHT_TIMEOUT_S" \
     "${SRUN[@]}" "$PYTHON" -m megatron_anyexperts.survival "${COMMAND[@]}" >"$REPORTS" &
+  PREFLIGHT_PID=$!
   # Not judged by its exit code: a node that failed or kept silent is missing from the reports and named for it.
-  wait_for $! || true
+  wait_for "$PREFLIGHT_PID" || true
+  PREFLIGHT_PID=""
+  # A job that is being requeued or cancelled loses its steps, whose silence is then no node's fault.
+  local state
+  state=$(squeue -h -j "$SLURM_JOB_ID" -o %T) && [[ $state != RUNNING ]] && SIGNALLED=${SIGNALLED:-terminated}
+  [[ -z $SIGNALLED ]]
 }
 
-# preflight NODE...: sets GOOD to the nodes that are fit; fails after one line when they are too few.
+# preflight NODE...: sets GOOD to the nodes that are fit; fails after one line when they are too few. Asked to stop
+# meanwhile, it succeeds with SIGNALLED set.
 preflight() {
   local code=0 REPORTS
   GOOD=("$@")
@@ -120,14 +84,14 @@ leave_out_the_unfit() { # takes them out of GOOD
   local asked reply COMMAND
   asked=$(date +%s.%N)
   COMMAND=(probe "$RUN" --gpus "$GPUS_PER_NODE")
-  on_every_node "${GOOD[@]}"
+  on_every_node "${GOOD[@]}" || return 0
   reply=$(survival judge "$RUN" --nodes "${GOOD[*]}" --reports "$REPORTS" --least "$MIN_NODES" \
     --gpus "$GPUS_PER_NODE" --free-gib "$MIN_FREE_GIB" --clock-tolerance-s "$CLOCK_TOLERANCE_S" \
     --asked-at "$asked" --heard-at "$(date +%s.%N)" --reference "$SLURMD_NODENAME") || return
   read -ra GOOD <<<"$reply"
   if [[ $PREFLIGHT == full ]] && ((${#GOOD[@]} > 1)); then
     COMMAND=(all-reduce --timeout-s "$PREFLIGHT_TIMEOUT_S")
-    on_every_node "${GOOD[@]}"
+    on_every_node "${GOOD[@]}" || return 0
     reply=$(survival judge-bandwidth "$RUN" --nodes "${GOOD[*]}" --reports "$REPORTS" --least "$MIN_NODES" \
       --least-rate "$MIN_GIGABYTES_PER_S") || return
     read -ra GOOD <<<"$reply"
@@ -161,23 +125,33 @@ ask_to_stop() {
   SIGNALLED=${SIGNALLED:-$1}
   # Not through srun: on a SIGTERM it ends the step at once. scancel reaches the ranks of the running step alone.
   if [[ -n $TRAIN_PID ]]; then scancel --signal=TERM "$SLURM_JOB_ID" || true; fi
+  if [[ -n $PREFLIGHT_PID ]]; then kill "$PREFLIGHT_PID" 2>/dev/null || true; fi
+}
+
+# account_for CODE: a job that ends without success has said why in the run's events.
+account_for() {
+  (($1)) || return 0
+  survival account "$RUN" --summary "${STOP_REASON:-the batch script ended with exit code $1; the end of its log says why}" || true
 }
 
 # run_training ARG...: the life of one job: preflight, train, judge, and again, until it is done or given up.
 run_training() {
   local all reply usable layout_flags
-  TRAIN_PID="" SIGNALLED="" ATTEMPT=0
+  TRAIN_PID="" PREFLIGHT_PID="" SIGNALLED="" STOP_REASON="" ATTEMPT=0
   TRAINING=("$@")
   STEP_ERRORS=$RUN/logs/step-$SLURM_JOB_ID.err
   # Time limit: Slurm sends USR1 to this script SIGNAL_LEAD_S before it. Preemption and scancel --batch send TERM.
   trap 'ask_to_stop "time limit"' USR1
   trap 'ask_to_stop terminated' TERM
+  trap 'account_for $?' EXIT
   mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   while :; do
     survival begin "$RUN" --job "$SLURM_JOB_ID" --restart "${SLURM_RESTART_COUNT:-0}" --nodes "${all[*]}"
     CODE=0
     if [[ -z $SIGNALLED ]]; then
       preflight "${all[@]}" || return 1
+    fi
+    if [[ -z $SIGNALLED ]]; then
       usable=$((${#GOOD[@]} < MAX_NODES ? ${#GOOD[@]} : MAX_NODES))
       reply=$(survival fit "$RUN" --available "$usable" --ranks-per-node "$RANKS_PER_NODE" --least "$MIN_NODES" \
         -- "$@") || return 1
@@ -193,12 +167,17 @@ run_training() {
       retry) ATTEMPT=$((ATTEMPT + 1)); sleep "$RETRY_DELAY_S" & wait_for $! || true ;;
       requeue)
         # A job that its owner has cancelled stays cancelled: requeueing would revive it.
-        [[ $(squeue -h -j "$SLURM_JOB_ID" -t RUNNING -o %i) ]] || return 1
+        [[ $(squeue -h -j "$SLURM_JOB_ID" -t RUNNING -o %i) ]] || {
+          STOP_REASON="the job was cancelled or requeued by hand; a requeued one goes on"
+          return 1
+        }
         scontrol requeue "$SLURM_JOB_ID"
+        trap - EXIT
         # Slurm ends this script now; leaving by itself would race with that and might read as completion.
         sleep 60 & wait_for $! || true
         return 1 ;;
-      *) return 1 ;;
+      *) trap - EXIT # it has said why, in its own words
+        return 1 ;;
     esac
   done
 }

@@ -15,8 +15,12 @@ from .watchdog import Patience, watch_step
 
 def begin(args: argparse.Namespace) -> int:
     """Log the start of an attempt and forget the heartbeats of the one before."""
-    run = Run(args.run).create()
-    clear(run)
+    run = Run(args.run)
+    try:
+        run.create()
+        clear(run)
+    except OSError as error:
+        return _stop(run, f"the run directory cannot be written: {error}")
     sealed = newest_sealed(run.checkpoints)
     history = restarts.attempts(runlog.read_events(run), sealed)
     reason = history[-1].reason if history else "first start"
@@ -37,21 +41,49 @@ def end(args: argparse.Namespace) -> int:
     sealed = newest_sealed(run.checkpoints)
     failure = restarts.first_failure(errors)
     verdict = restarts.decide(
-        runlog.read_events(run), sealed, args.exit_code, args.signalled or None, args.max_failures, failure
+        runlog.read_events(run),
+        sealed,
+        args.exit_code,
+        args.signalled or None,
+        args.max_failures,
+        failure,
+        restarts.last_words(errors),
     )
     detail = {}
-    if verdict.reason.startswith("crash") and failure:
+    if verdict.reason.startswith(("crash", "last save")) and failure:
         detail = failure | {"stack": last_stack(run, failure["rank"])}
         print(
             f"rank {failure['rank']} on {failure['node']} failed first: {failure['cause']}\n"
             f"{detail['stack'] or '(it left no stack)'}",
             file=sys.stderr,
         )
-    runlog.append_event(run, "exit", reason=verdict.reason, iteration=sealed, restart=args.restart, **detail)
+    logged = runlog.append_event(run, "exit", reason=verdict.reason, iteration=sealed, restart=args.restart, **detail)
+    if not logged and verdict.action in (restarts.Action.RETRY, restarts.Action.REQUEUE):
+        unlogged = f"{verdict.reason}; {run.events} cannot be written, so restarts cannot be counted; submit again"
+        verdict = restarts.Verdict(restarts.Action.STOP, verdict.reason, unlogged)
     if verdict.action is restarts.Action.STOP:
-        runlog.append_event(run, "stop", summary=verdict.summary)
-    print(verdict.summary, file=sys.stderr)
+        _stop(run, verdict.summary)
+    else:
+        print(verdict.summary, file=sys.stderr)
     print(verdict.action.value)
+    return 0
+
+
+def account(args: argparse.Namespace) -> int:
+    """Log why a job ends without success, unless this attempt has logged it already."""
+    run = Run(args.run)
+    for event in reversed(runlog.read_events(run)):
+        if event.get("event") == "stop":
+            return 0
+        if event.get("event") == "attempt":
+            break
+    _stop(run, args.summary)
+    return 0
+
+
+def task(args: argparse.Namespace) -> int:
+    """Log that a task of a job array started, finished or failed."""
+    runlog.append_event(Run(args.run), "task", index=args.index, count=args.count, job=args.job, state=args.state)
     return 0
 
 
@@ -105,12 +137,15 @@ def all_reduce(args: argparse.Namespace) -> int:
 def fit(args: argparse.Namespace) -> int:
     """Print how many of the available nodes training can use and its expert-parallel size."""
     words = args.training
-    flags = layout.read_flags(words)
-    config = Path(flags["config"]).read_text(encoding="utf-8") if "config" in flags else ""
-    shape = layout.Shape.from_flags(layout.read_flags(words, config))
     try:
+        config = layout.config_path(words)
+        text = Path(config).read_text(encoding="utf-8") if config else ""
+        shape = layout.Shape.from_flags(layout.read_flags(words, text))
         found = layout.fit(args.available, args.ranks_per_node, shape, args.least)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
+        if args.ask:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         return _stop(Run(args.run), str(error))
     print(found.nodes, "" if found.expert == shape.expert else f"--expert-model-parallel-size {found.expert}")
     return 0
@@ -177,6 +212,12 @@ def _parser() -> argparse.ArgumentParser:
     ended.add_argument("--signalled", default="", help="why the batch script asked the ranks to stop, if it did")
     ended.add_argument("--step-errors", type=Path, required=True, help="what srun printed to its standard error")
     ended.add_argument("--max-failures", type=int, required=True)
+    command("account", account).add_argument("--summary", required=True, help="why, as far as the launcher knows")
+    of_array = command("task", task)
+    of_array.add_argument("--index", type=int, required=True)
+    of_array.add_argument("--count", type=int, required=True)
+    of_array.add_argument("--job", required=True, help="of the array")
+    of_array.add_argument("--state", choices=("started", "finished", "failed"), required=True)
     for each in (started, ended):
         each.add_argument("--restart", type=int, default=0, help="SLURM_RESTART_COUNT")
     watched = command("watch", watch)
@@ -201,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     rated.add_argument("--least-rate", type=float, required=True, help="GB/s; 0 only reports")
     command("all-reduce", all_reduce, with_run=False).add_argument("--timeout-s", type=float, required=True)
     fitted = command("fit", fit)
+    fitted.add_argument("--ask", action="store_true", help="log nothing: no attempt has begun")
     fitted.add_argument("--available", type=int, required=True)
     fitted.add_argument("--ranks-per-node", type=int, required=True)
     fitted.add_argument("--least", type=int, required=True)

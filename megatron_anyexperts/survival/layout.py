@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_anyexperts.data.config import DataConfig
 
-_ABSENT = ("", "null", "~", "false")  # values with which the configuration leaves a flag out
+# Values, as YAML 1.1 reads them, with which the configuration leaves a flag out.
+_ABSENT = {"", "~"} | {form for word in ("null", "false", "no", "off") for form in (word, word.title(), word.upper())}
+_PLAIN_KEY = re.compile(r"([A-Za-z][A-Za-z0-9_-]*) *:(?: +(.*))?$")
+_NUMBER = re.compile("[1-9][0-9]*")
+# One line that YAML reads as one value: quoted or in brackets and closed, or plain without a sign that means something.
+_VALUE = re.compile(r"""("[^"\\]*"|'[^']*'|\[[^\[\]{}"'#]*\]|[^\s"'\[\]{}&*!|>%@`#,?-][^"'#]*|-[^\s"'#-][^"'#]*)?""")
+
+
+_SHAPING = {
+    *(f"{kind}-model-parallel-size" for kind in ("tensor", "pipeline", "expert")),
+    *("context-parallel-size", "global-batch-size", "micro-batch-size", "data-streams"),
+}
+"""Flags that `Shape` is read from."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +100,33 @@ def fit(available: int, ranks_per_node: int, shape: Shape, minimum: int = 1) -> 
 
 
 def read_flags(words: list[str], config_text: str = "") -> dict[str, str]:
-    """Scalar flags of a training command: from its flat YAML config without what `--unset` drops, then its own words.
+    """Scalar flags of a training command: from its YAML config without what `--unset` drops, then its own words.
+
+    Only the standard library is at hand here, so the configuration is read as lines of `key: value` (and lists of
+    lines `- value`) and everything else that YAML allows is refused; the ranks read it with a full parser.
 
     Args:
         words: command line after the program, such as ["--config", "x.yaml", "--micro-batch-size", "1"].
         config_text: content of the YAML file, which names flags one to one at its top level.
+
+    Raises:
+        ValueError: names the line that is something else, or the flag of the layout whose value is no whole number.
     """
+    given, unset = _read_words(words)
+    flags = {name: value for name, value in _read_config(config_text).items() if name not in unset} | given
+    for name in _SHAPING & flags.keys():
+        if not _NUMBER.fullmatch(flags[name]):
+            raise ValueError(f"{name} {flags[name]!r} is not a whole number from 1, written as `{name}: 8`")
+    return flags
+
+
+def config_path(words: list[str]) -> str | None:
+    """What `--config` names in a training command."""
+    return _read_words(words)[0].get("config")
+
+
+def _read_words(words: list[str]) -> tuple[dict[str, str], set[str]]:
+    """Flags with the word that follows each, and the names that `--unset` drops."""
     given: dict[str, str] = {}
     unset = set()
     for position, word in enumerate(words):
@@ -104,10 +138,28 @@ def read_flags(words: list[str], config_text: str = "") -> dict[str, str]:
                 unset.add(value.replace("_", "-"))
             else:
                 given[name.replace("_", "-")] = value
-    flags = {}
-    for line in config_text.splitlines():
-        name, colon, value = line.partition(":")
-        value = value.split(" #")[0].strip()
-        if colon and value not in _ABSENT and not name.startswith((" ", "#", "-")):
-            flags[name.strip().replace("_", "-")] = value
-    return {name: value for name, value in flags.items() if name not in unset} | given
+    return given, unset
+
+
+def _read_config(text: str) -> dict[str, str]:
+    """Names and values of a configuration, without those that it leaves out; a list is only said to be one."""
+    found: dict[str, str] = {}
+    listing = ""  # the key whose list the next lines may be
+    for number, line in enumerate(text.splitlines(), 1):
+        content = re.sub(r"(^|\s)#.*", "", line).rstrip()
+        if not content:
+            continue
+        if key := _PLAIN_KEY.match(content):
+            name, value = key[1].replace("_", "-"), key[2] or ""
+        else:
+            name, value = listing, content.strip().removeprefix("- ") if content.lstrip().startswith("- ") else "?"
+        # Any other line could go on with the one before in ways that only a YAML parser knows.
+        if not name or not _VALUE.fullmatch(value) or (key and name in found):
+            raise ValueError(
+                f"line {number} of the configuration, {line.strip()!r}: write each flag once and on one line, as "
+                "`key: value`, for the launcher reads no other YAML"
+            )
+        listing = name if not key or not value else ""
+        absent = key and value in _ABSENT
+        found[name] = "" if absent else (value[1:-1] if value[0] in "\"'" else value) if key else "a list"
+    return {name: value for name, value in found.items() if value}

@@ -8,10 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .exit_codes import ExitCode
+
 Event = dict[str, Any]
 
+STOPPED = "stopped by signal"
 # Reasons for which the attempt is not to blame; they never count towards a crash loop.
-_BLAMELESS = ("terminated", "stopped by signal")
+_BLAMELESS = ("terminated", STOPPED)
+# How srun reports a rank that such a signal ended while it could not yet save: before training begins.
+_SIGNALLED_TASK = ("Terminated", "Hangup", "Interrupt")
 LOST = "node lost or job killed"
 _SRUN_TASK = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<ranks>[\d,-]+): (?P<what>.+)")
 
@@ -70,14 +75,18 @@ def attempts(events: Sequence[Event], sealed_now: int | None) -> list[Attempt]:
     return found
 
 
-def failures_without_progress(history: Sequence[Attempt]) -> int:
-    """How many attempts at the end of `history` failed in a row without leaving a newer checkpoint."""
-    count = 0
+def failures_without_progress(history: Sequence[Attempt]) -> list[Attempt]:
+    """The attempts at the end of `history` that failed in a row without leaving a newer checkpoint, oldest first.
+
+    Blameless ones are left out, and do not interrupt the row.
+    """
+    failed: list[Attempt] = []
     for attempt in reversed(history):
         if attempt.progressed:
             break
-        count += attempt.reason not in _BLAMELESS
-    return count
+        if attempt.reason not in _BLAMELESS:
+            failed.insert(0, attempt)
+    return failed
 
 
 def decide(
@@ -87,6 +96,7 @@ def decide(
     signalled: str | None,
     max_failures: int,
     failure: Event | None = None,
+    refusal: str = "",
 ) -> Verdict:
     """Judge the attempt that just ended. Its "exit" event must not be among `events` yet.
 
@@ -97,6 +107,7 @@ def decide(
         signalled: why the batch script asked the ranks to stop ("time limit", "terminated"), None if it did not.
         max_failures: failed attempts in a row without a newer checkpoint after which to give up.
         failure: what `first_failure` found, when it found something.
+        refusal: what the ranks said if they ended with `ExitCode.USAGE`; see `last_words`.
     """
     last_attempt = max((index for index, event in enumerate(events) if event.get("event") == "attempt"), default=0)
     this_attempt = events[last_attempt:]
@@ -104,29 +115,46 @@ def decide(
         # Whatever happens while processes tear down after that cannot take the result away.
         return Verdict(Action.FINISH, "finished", f"training finished (srun exit code {exit_code})")
     hang = next((event for event in this_attempt if event.get("event") == "hang"), None)
+    at = f"newest checkpoint: {sealed_now if sealed_now is not None else 'none'}"
     if hang:
         reason = f"hang of rank {hang.get('rank')} on {hang.get('node')}"
     elif signalled:
         reason = signalled
-    elif exit_code == 0:
-        reason = "stopped by signal"
+    elif exit_code == 0 or (failure and failure["cause"] in _SIGNALLED_TASK):
+        reason = STOPPED
+    elif (code := _code(exit_code, failure)) == ExitCode.USAGE:
+        reason = f"the command is refused: {refusal or 'it ended with exit code 2'}"
+        return Verdict(Action.STOP, reason, f"{reason}; {at}; correct it and submit again")
     else:
-        reason = f"crash, exit code {exit_code}"
+        what = "last save failed" if code == ExitCode.NOT_SAVED else "crash"
+        reason = f"{what}, exit code {code}"
         if failure:
             reason += f", rank {failure['rank']} on {failure['node']}: {failure['cause']}"
-    history = attempts([*events, {"event": "exit", "reason": reason}], sealed_now)
-    failures = failures_without_progress(history)
-    at = f"newest checkpoint: {sealed_now if sealed_now is not None else 'none'}"
-    if failures >= max_failures:
-        causes = "; ".join(attempt.reason for attempt in history[-failures:])
+    failures = failures_without_progress(attempts([*events, {"event": "exit", "reason": reason}], sealed_now))
+    if len(failures) >= max_failures:
+        causes = "; ".join(attempt.reason for attempt in failures)
         return Verdict(
             Action.STOP,
             reason,
-            f"crash loop: {failures} attempts without a newer checkpoint ({causes}); "
+            f"crash loop: {len(failures)} attempts without a newer checkpoint ({causes}); "
             f"{at}; fix the cause and submit again",
         )
-    action = Action.REQUEUE if signalled or (exit_code == 0 and not hang) else Action.RETRY
+    action = Action.REQUEUE if not hang and (signalled or reason == STOPPED) else Action.RETRY
     return Verdict(action, reason, f"{reason}; {at}; {action.value}")
+
+
+def _code(exit_code: int, failure: Event | None) -> int:
+    # srun's own code is the highest of all ranks, and those it ended because of the first have higher ones.
+    own = re.fullmatch(r"Exited with exit code (\d+)", failure["cause"]) if failure else None
+    return int(own[1]) if own else exit_code
+
+
+def last_words(step_errors: str) -> str:
+    """The message with which the ranks ended: the last line that says "error:", else the last that is not Slurm's."""
+    lines = [line.strip() for line in step_errors.splitlines()]
+    lines = [line for line in lines if line and not re.match(r"(srun|slurmstepd)\S*:", line)]
+    said = [line for line in lines if "error:" in line] or lines
+    return said[-1].removeprefix("error: ")[:500] if said else ""
 
 
 def first_failure(srun_errors: str) -> dict[str, Any]:

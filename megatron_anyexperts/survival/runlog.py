@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,16 +17,18 @@ from .run_directory import Run
 _LOSSES: dict[Path, LostWrites] = {}
 
 
-def append_event(run: Run, event: str, **fields: Any) -> None:
+def append_event(run: Run, event: str, **fields: Any) -> bool:
     """Record one happening with the time of day; `fields` are usually reason, iteration and restart.
+
+    Returns whether it was written.
 
     Args:
         run: the run it happened to.
-        event: a single word. The launcher writes "attempt", "preflight", "hang", "exit" and "stop"; training writes
-            "start", "load", "saved", "save_failed", "not_saved", "room", "config", "lock", "fallback", "exit", "crash"
-            and "finished".
+        event: a single word. The launcher writes "attempt", "preflight", "hang", "exit", "stop" and "task"; training
+            writes "start", "load", "saved", "save_failed", "not_saved", "room", "config", "lock", "fallback", "exit",
+            "crash" and "finished".
     """
-    append(run.events, {"time": round(time.time(), 3), "event": event} | fields)
+    return append(run.events, {"time": round(time.time(), 3), "event": event} | fields)
 
 
 def append_metrics(run: Run, iteration: int, **figures: Any) -> None:
@@ -44,7 +47,12 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     """Every complete record of a log; a line torn by a crash is left out, an absent file has none."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8", errors="replace") as lines:
+    try:
+        lines = path.open(encoding="utf-8", errors="replace")
+    except OSError as error:
+        print(f"WARNING: {path} cannot be read and counts as empty: {error}", file=sys.stderr)
+        return
+    with lines:
         for line in lines:
             try:
                 record = json.loads(line)
@@ -65,15 +73,19 @@ def read_metrics(run: Run) -> list[dict[str, Any]]:
     return [latest[iteration] for iteration in sorted(latest)]
 
 
-def append(path: Path, record: dict[str, Any]) -> None:
-    """Add one line to any log of this kind; a full disk loses the line, counted and said, not the run."""
+def append(path: Path, record: dict[str, Any]) -> bool:
+    """Add one line to any log of this kind; a full disk loses the line, counted and said, not the run.
+
+    Returns whether it was written.
+    """
     losses = _LOSSES.setdefault(path, LostWrites(str(path)))
     try:
         _write_line(path, record)
     except OSError as error:
         losses.lost(error)
-    else:
-        losses.wrote()
+        return False
+    losses.wrote()
+    return True
 
 
 def _write_line(path: Path, record: dict[str, Any]) -> None:

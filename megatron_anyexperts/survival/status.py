@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from collections import Counter
 from typing import Any
 
 from . import runlog
@@ -45,7 +46,12 @@ def screen(run: Run, now: float | None = None) -> str:
         ("last metrics", _ago(now - last["time"]) if "time" in last else "none yet"),
     ]
     lines = [f"{name:<13} {value}" for name, value in rows]
-    return "\n".join(lines + _restarts(events, now)) + "\n"
+    return "\n".join(map(printable, lines + _restarts(events, now))) + "\n"
+
+
+def printable(line: str) -> str:
+    """The line with control and formatting characters escaped: whoever writes into a run could command a terminal."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
 def seconds_per_iteration(metrics: list[dict[str, Any]], window: int = 50) -> float | None:
@@ -62,7 +68,7 @@ def seconds_per_iteration(metrics: list[dict[str, Any]], window: int = 50) -> fl
 def _state(events: list[dict[str, Any]], beats: dict[int, Beat], now: float) -> str:
     marks = [event for event in events if event.get("event") in ("attempt", "start", "exit", "finished", "stop")]
     if not marks:
-        return "not started"
+        return _tasks(events) or "not started"
     last = marks[-1]
     if any(event["event"] == "finished" for event in marks[-2:]):
         return "finished"
@@ -73,9 +79,21 @@ def _state(events: list[dict[str, Any]], beats: dict[int, Beat], now: float) -> 
     newest = max((beat.time for beat in beats.values()), default=last["time"])
     if now - newest > _SILENT_S:
         return f"silent: no sign of life for {_span(now - newest)}"
-    phases = sorted({beat.phase for beat in beats.values()}) or ["start"]
+    if not beats:
+        return f"starting: no rank has given a sign of life yet, {_span(now - newest)} after the start"
+    phases = sorted({beat.phase for beat in beats.values()})
     names = {"start": "starting", "train": "training", "save": "saving", "end": "ending"}
     return f"{', '.join(names.get(phase, phase) for phase in phases)} on {_nodes(beats)} ({len(beats)} ranks)"
+
+
+def _tasks(events: list[dict[str, Any]]) -> str:
+    """How far the newest job array is that builds shards here; "" when none was started."""
+    states = [event for event in events if event.get("event") == "task"]
+    latest = {event.get("index"): event.get("state") for event in states if event.get("job") == states[-1].get("job")}
+    if not latest:
+        return ""
+    counted = ", ".join(f"{count} {state}" for state, count in sorted(Counter(latest.values()).items()))
+    return f"building shards with {states[-1].get('count')} tasks: {counted}"
 
 
 def _nodes(beats: dict[int, Beat]) -> str:
@@ -105,7 +123,9 @@ def _expected_end(metrics: list[dict[str, Any]], now: float) -> str:
     total = metrics[-1].get("train_iters") if metrics else None
     if pace is None or not total:
         return "unknown"
-    left = max(0, total - metrics[-1]["iteration"]) * pace
+    left = (total - metrics[-1]["iteration"]) * pace
+    if left <= 0:
+        return "reached"
     return f"{_clock(now + left)} UTC, in {_span(left)} at {pace:.3g} s an iteration, without waiting in the queue"
 
 

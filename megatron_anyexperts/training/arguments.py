@@ -113,6 +113,11 @@ def _refuse_words(message: str) -> NoReturn:
     raise UsageError(message)
 
 
+def has_cuda() -> bool:
+    """Whether this machine can train on GPUs; `doctor` and `precheck` answer for another one."""
+    return torch.cuda.is_available()
+
+
 def _refuse(args: argparse.Namespace) -> None:
     """Refuse what Megatron's own validation lets pass, corrects in silence, or refuses without saying the values."""
     if args.num_experts is None:
@@ -129,7 +134,7 @@ def _refuse(args: argparse.Namespace) -> None:
         )
     if args.multi_latent_attention:
         raise UsageError("--multi-latent-attention: its configuration class knows no dynamic slots; leave it out")
-    if args.async_save and not torch.cuda.is_available():
+    if args.async_save and not has_cuda():
         raise UsageError("--async-save: Megatron's writer process dies without CUDA; save synchronously on CPU")
     if args.async_save and not args.use_persistent_ckpt_worker:
         raise UsageError("--async-save: Megatron ignores it without --use-persistent-ckpt-worker; add that flag")

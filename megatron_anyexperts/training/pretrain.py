@@ -109,23 +109,21 @@ def check(args: argparse.Namespace) -> None:
     batch_sizes.check(args)
 
 
-def pretrain(
+def prepare(
     cli: list[str],
     defaults: Mapping[str, Any] = DEFAULTS,
     check: Callable[[argparse.Namespace], None] = check,
-    held_out: Callable[[argparse.Namespace], HeldOut] | None = None,
-) -> None:
-    """Parse the command line and train until done; every rank of the job calls this.
+) -> tuple[argparse.Namespace, RunSettings]:
+    """Parse the command line and refuse what cannot be carried out; writes nothing.
 
     Args:
-        cli: words of the command line without the program's name.
-        defaults: flag defaults of the entry point.
-        check: refuses arguments before anything starts.
-        held_out: makes what is measured, beside the loss, at every evaluation.
+        cli, defaults, check: see `pretrain`.
+
+    Returns:
+        Megatron's arguments, and what the run is compared with.
 
     Raises:
-        UsageError: the command line cannot be carried out.
-        NotSaved: the last steps are in no checkpoint.
+        UsageError: the way out is in the message.
     """
     from megatron_anyexperts.data.faults import DataFeedError
 
@@ -146,6 +144,28 @@ def pretrain(
         settings.foresee(args)
     except (ValueError, AssertionError, DataFeedError) as error:
         raise UsageError(str(error)) from error
+    return args, settings
+
+
+def pretrain(
+    cli: list[str],
+    defaults: Mapping[str, Any] = DEFAULTS,
+    check: Callable[[argparse.Namespace], None] = check,
+    held_out: Callable[[argparse.Namespace], HeldOut] | None = None,
+) -> None:
+    """Parse the command line and train until done; every rank of the job calls this.
+
+    Args:
+        cli: words of the command line without the program's name.
+        defaults: flag defaults of the entry point.
+        check: refuses arguments before anything starts.
+        held_out: makes what is measured, beside the loss, at every evaluation.
+
+    Raises:
+        UsageError: the command line cannot be carried out.
+        NotSaved: the last steps are in no checkpoint.
+    """
+    args, settings = prepare(cli, defaults, check)
     run = Run(Path(args.run_dir)).create() if args.run_dir else None
     first = args.rank == 0 and run is not None
     lock = _take(run) if first else None

@@ -54,6 +54,7 @@ class Submitted:
                 "MIN_FREE_GIB": 0.01,
                 "RETRY_DELAY_S": 0,
                 "PREFLIGHT": "nodes",
+                "CHECK": "off",
             }
             | self.settings
             | settings
@@ -127,9 +128,12 @@ class Submitted:
 
     def log(self) -> str:
         """What the job and the ranks printed, and the events."""
-        outputs = [path.read_text(errors="replace") for path in sorted(self.run.logs.glob("*.out"))]
         events = [json.dumps(event) for event in runlog.read_events(self.run)]
-        return "\n".join([*outputs, *events])[-12000:]
+        return "\n".join([self.log_of_job(), *events])[-12000:]
+
+    def log_of_job(self) -> str:
+        """What the job and the ranks printed."""
+        return "\n".join(path.read_text(errors="replace") for path in sorted(self.run.logs.glob("*.out")))
 
 
 @pytest.fixture

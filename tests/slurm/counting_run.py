@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--save-interval", type=int, default=10)
     parser.add_argument("--step-seconds", type=float, default=0.05)
     parser.add_argument("--fail-at", type=int, help="raise in the last rank at this iteration, in every attempt")
+    parser.add_argument("--start-seconds", type=float, default=0.0, help="time before the program heeds signals")
     parser.add_argument("--stall-at", type=int, help="stop the last rank's process at this iteration, once")
     parser.add_argument("--global-batch-size", type=int, default=GLOBAL_BATCH)
     parser.add_argument("--expert-model-parallel-size", type=int, default=1)
@@ -39,6 +40,7 @@ def main() -> int:
     run = Run(args.run_dir)
     heartbeat = start_heartbeat(run, rank)
     asked_to_stop = []
+    time.sleep(args.start_seconds)
     signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
     dist.init_process_group("gloo")
     if rank == 0:

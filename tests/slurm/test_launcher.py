@@ -118,6 +118,67 @@ def test_a_crash_loop_stops_with_a_summary(counting):
     assert "stopped: crash loop" in status
 
 
+def test_signals_while_ranks_start_are_no_failures(counting):
+    counting.submit("--train-iters", 5, "--start-seconds", 4, NODES=2, MAX_FAILURES=1)
+    for start in range(2):
+        counting.cluster.wait(lambda start=start: len(counting.events("attempt")) == start + 1, 40, "no start")
+        counting.cluster.wait(
+            lambda: all((counting.run.heartbeats / f"rank000{rank}.json").exists() for rank in (0, 1)), 20, "no rank"
+        )
+        counting.cluster.command("scancel", "--signal=TERM", counting.job)
+        counting.cluster.wait(lambda start=start: len(counting.events("exit")) == start + 1, 20, "no end", counting.log)
+    counting.await_end(60)
+    assert [event["reason"] for event in counting.events("exit")] == ["stopped by signal"] * 2 + ["finished"]
+    assert not counting.events("stop")
+
+
+def test_a_refused_command_is_tried_once_and_says_why(counting):
+    counting.submit("--train-itres", 5, NODES=2)
+    counting.await_end(40, state="FAILED")
+    assert len(counting.events("attempt")) == 1
+    (stop,) = counting.events("stop")
+    assert "the command is refused: counting_run.py: error: " in stop["summary"]
+    assert "--train-iters" in stop["summary"]
+    status = counting.cluster.command("slurm/status", str(counting.run.root))
+    assert "state         stopped: the command is refused: counting_run.py: error:" in status
+
+
+def test_without_a_log_of_attempts_a_crash_is_not_repeated(counting):
+    counting.run.create().events.mkdir()  # root may write to any file, but not to a folder
+    counting.submit("--train-iters", ITERATIONS, "--fail-at", 5)
+    counting.await_end(40, state="FAILED")
+    log = counting.log_of_job()
+    assert log.count("attempt: SLURM_RESTART_COUNT") == 1
+    assert "events.jsonl cannot be written, so restarts cannot be counted; submit again" in log
+
+
+@pytest.mark.parametrize("words", [("scontrol", "requeue"), ("scancel", "--batch", "--signal=TERM")])
+def test_a_preflight_that_is_interrupted_blames_no_node(counting, words):
+    # On n2 Python needs seconds to start, so the preflight can be caught.
+    plugin = counting.run.root.parent / "slow"
+    plugin.mkdir()
+    (plugin / "sitecustomize.py").write_text(
+        "import os, sys, time\nif 'probe' in sys.argv[-4:] or os.environ.get('SLURM_STEP_ID') == '0': time.sleep(6)\n"
+    )
+    counting.cluster.set_task_environment("n2", PYTHONPATH=str(plugin))
+    counting.submit("--train-iters", 5, NODES=2)
+    counting.await_event("attempt", 30)
+    time.sleep(2)
+    counting.cluster.command(*words, counting.job)
+    counting.cluster.wait(lambda: len(counting.events("attempt")) == 2, 60, "no second start", counting.log)
+    counting.await_end(60)
+    assert not counting.events("preflight")
+    assert "nodes are fit" not in counting.log()
+    assert len(counting.losses()) == 5
+
+
+def test_a_batch_script_that_fails_leaves_its_cause(counting):
+    counting.submit("--train-iters", 5, SBATCH_EXTRA="--begin=now+3")
+    (counting.run.logs / f"step-{counting.job}.err").mkdir(exist_ok=True)  # where the launcher keeps what srun prints
+    counting.await_end(40, state="FAILED")
+    assert "the batch script ended with exit code" in counting.events("stop")[-1]["summary"]
+
+
 def test_a_lost_node_leaves_a_smaller_run_that_grows_again(counting):
     counting.submit("--train-iters", 200, "--step-seconds", 0.1, NODES="1-2")
     counting.await_iteration(15, 40)

@@ -60,10 +60,45 @@ def test_every_profile_makes_a_job(profile):
     assert "srun" in last_line("instruct_tune", f"PROFILE={profile}", "--dry-run")
 
 
+NUMBERS = ["NODES", "SPARE_NODES", "RANKS_PER_NODE", "CPUS_PER_RANK", "GPUS_PER_NODE", "SIGNAL_LEAD_S"]
+NUMBERS += ["MAX_FAILURES", "HANG_S", "RETRY_DELAY_S", "MIN_FREE_GIB", "PREFLIGHT_TIMEOUT_S"]
+
+
+@pytest.mark.parametrize("where", ["argument", "profile"])
+def test_shell_arithmetic_never_runs_what_is_in_a_setting(tmp_path, where):
+    trace = tmp_path / "ran"
+    code = f"a[$(touch {trace})]"
+    for name in NUMBERS:
+        if where == "profile":
+            (tmp_path / "own.env").write_text(f"{name}='{code}'\n")
+            done = submit("pretrain", f"PROFILE={tmp_path}/own.env", f"RUN={tmp_path}/run", "--dry-run")
+        else:
+            done = submit("pretrain", "PROFILE=cpu", f"{name}={code}", f"RUN={tmp_path}/run", "--dry-run")
+        assert done.returncode == 2
+        assert f"{name}=a\\[" in done.stderr
+        assert not trace.exists(), name
+
+
+def test_a_typing_error_in_a_profile_is_refused(tmp_path):
+    profile = tmp_path / "own.env"
+    profile.write_text("shared=/data\nHANGS_S=5\nMOUNTS=$shared:$shared\nexport NCCL_DEBUG=WARN\n")
+    done = submit("pretrain", f"PROFILE={profile}", "--dry-run")
+    assert done.returncode == 2
+    assert f"unknown setting HANGS_S in {profile}; did you mean HANG_S?" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    profile.write_text(profile.read_text().replace("HANGS_S", "HANG_S"))
+    assert not submit("pretrain", f"PROFILE={profile}", "--dry-run").returncode
+
+
+def test_all_wrong_settings_are_named_at_once():
+    done = submit("pretrain", "HANG_S=ten", "PREFLIGHT=of", "--dry-run")
+    assert len(done.stderr.splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("pretrain", "NODE=2"), "unknown setting NODE=2; settings are RUN ENTRY PROFILE ARRAY JOB_NAME"),
+        (("pretrain", "NODE=2"), "unknown setting NODE=2; did you mean NODES?; settings are RUN ENTRY PROFILE"),
         # Variables that the shell or the launcher has are no settings for that.
         (("pretrain", "PATH=/nowhere", "--dry-run"), "unknown setting PATH=/nowhere"),
         (("pretrain", "ROOT=/nowhere", "--dry-run"), "unknown setting ROOT=/nowhere"),
@@ -71,8 +106,26 @@ def test_every_profile_makes_a_job(profile):
         (("pretrain", "RUN ENTRY=1", "--dry-run"), "unknown setting RUN ENTRY=1"),
         (("pretrain", "=1", "--dry-run"), "unknown setting =1"),
         (("pretrain", "PROFILE=nowhere"), "no profile"),
-        (("pretrain", "CONTAINER=docker", "--dry-run"), "CONTAINER=docker is not none, pyxis or apptainer"),
-        (("pretrian",), "slurm/submit KIND"),
+        (("pretrain", "CONTAINER=docker", "--dry-run"), "CONTAINER=docker is not one of none pyxis apptainer"),
+        ((), "slurm/submit KIND"),
+        (("pretrian",), "unknown KIND pretrian; did you mean pretrain?; KIND is one of build_shards instruct_tune"),
+        (("../slurm/pretrain",), "unknown KIND"),
+        (("pretrain", "HANGS=9", "--dry-run"), "unknown setting HANGS=9; did you mean HANG_S?"),
+        (("pretrain", "HANG_S=ten", "--dry-run"), "HANG_S=ten is not a number of seconds above 0, such as 600"),
+        (("pretrain", "HANG_S=0.0", "--dry-run"), "HANG_S=0.0 is not a number of seconds above 0"),
+        (("pretrain", "MAX_FAILURES=lots", "--dry-run"), "MAX_FAILURES=lots is not a whole number from 1"),
+        (("pretrain", "RANKS_PER_NODE=08", "--dry-run"), "RANKS_PER_NODE=08 is not a whole number from 1"),
+        (("pretrain", "PREFLIGHT=of", "--dry-run"), "PREFLIGHT=of is not one of full nodes off"),
+        (("pretrain", "NODES=4-2", "--dry-run"), "NODES=4-2 runs backwards; write 2-4"),
+        (("pretrain", "NODES=0", "--dry-run"), "NODES=0 is not a whole number from 1, or a range"),
+        (("pretrain", "TIME=soon", "--dry-run"), "TIME=soon is not one of sbatch's times"),
+        (("pretrain", "RUN=runs/100%", "--dry-run"), "is not a path without % and"),
+        (("pretrain", "RUN=a\nNODES=9", "--dry-run"), "contains a line break or a control character"),
+        (("pretrain", "RUN=a:b", "CONTAINER=pyxis", "--dry-run"), "which the list of a container's mounts cannot hold"),
+        (("pretrain", "SIGNAL_LEAD_S=70000", "--dry-run"), "more than 65535"),
+        (("pretrain", "GPUS_PER_NODE=4", "RANKS_PER_NODE=8", "--dry-run"), "each rank needs a GPU"),
+        (("pretrain", "CONTAINER=pyxis", "PROFILE=cpu"), "CONTAINER=pyxis needs IMAGE="),
+        (("pretrain", "PROFILE=cpu", "ENTRY=nowhere.py"), "ENTRY=nowhere.py: no file"),
         (("pretrain", "--config"), "arguments of the program come after --"),
         (("build_shards", "--dry-run"), "give ARRAY=0-N"),
     ],
@@ -85,7 +138,7 @@ def test_wrong_words_are_refused(words, message):
 
 def test_every_setting_is_explained():
     names = subprocess.run(
-        ["bash", "-c", f"ROOT={ROOT}; source $ROOT/slurm/lib.sh; printf '%s\\n' \"${{SETTINGS[@]%%=*}}\""],
+        ["bash", "-c", f"ROOT={ROOT}; source $ROOT/slurm/lib.sh; setting_names"],
         text=True,
         capture_output=True,
         check=True,

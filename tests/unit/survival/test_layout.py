@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from hypothesis import given
+import yaml
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from megatron_anyexperts.data.config import DataConfig
@@ -62,3 +65,88 @@ def test_an_unset_flag_has_its_default_unless_the_command_line_gives_it(words):
 def test_a_flag_that_the_file_leaves_out_has_its_default(value):
     flags = read_flags([], f"global-batch-size: {value}\ndata-streams: 8\n")
     assert Shape.from_flags(flags) == Shape(data_streams=8)
+
+
+SHIPPED = sorted((Path(__file__).resolve().parents[3] / "pretrain" / "configs").glob("*.yaml"))
+NAMES = ["global-batch-size", "micro_batch_size", "data-streams", "expert-model-parallel-size", "bf16", "lr"]
+SCALARS = [
+    "16",
+    "8  # each",
+    '"4"',
+    "'2'",
+    "null",
+    "~",
+    "false",
+    "No",
+    "",
+    "true",
+    "1e-3",
+    "0x10",
+    "010",
+    "1_000",
+    "+4",
+]
+SCALARS += ['"4', "[1, 2]", "[1,", "&x 4", "!int 4", "|", ">-", "4 5", "text: 4", "-1", "0", '"null"', "'\"4\"'", "a#4"]
+GOOD = st.builds("{}: {}".format, st.sampled_from(NAMES), st.sampled_from(["16", "8  # each", '"4"', "null", "No", ""]))
+ODD = st.one_of(
+    st.builds("{}{}:{}{}".format, st.sampled_from(["", "", "", "", " ", '"', "? "]), st.sampled_from(NAMES),
+              st.sampled_from([" ", " ", " ", "", "\t"]), st.sampled_from(SCALARS)),
+    st.builds('"{}": {}'.format, st.sampled_from(NAMES), st.sampled_from(SCALARS)),
+    st.sampled_from(["# comment", "", "  # more", "---", "...", "- 4", "  - 4", "  5", '5"', "}", "]", "<<: {a: 1}"]),
+)  # fmt: skip
+TEXTS = st.builds(
+    lambda good, odd, order: "\n".join(order.sample(good + odd, len(good + odd))),
+    st.lists(GOOD, max_size=5, unique_by=lambda line: line.partition(":")[0]),
+    st.lists(ODD, max_size=2),
+    st.randoms(use_true_random=False),
+)
+
+
+def by_the_real_reader(text: str) -> Shape | None:
+    """What training makes of the text: None if it refuses it."""
+    try:
+        config = yaml.safe_load(text) or {}
+        flags = {str(key).replace("_", "-"): value for key, value in config.items()}
+        return Shape.from_flags({key: str(value) for key, value in flags.items() if value not in (None, False)})
+    except (yaml.YAMLError, AttributeError, ValueError):
+        return None
+
+
+@given(TEXTS)
+@settings(max_examples=1000)
+def test_what_is_read_is_what_the_real_reader_reads(text):
+    try:
+        found = Shape.from_flags(read_flags([], text))
+    except ValueError as error:
+        event("refused" if "configuration" in str(error) else "no number")
+        return
+    event("read")
+    # Where training itself will refuse the file, its message is the better one.
+    expected = by_the_real_reader(text)
+    assert expected is None or found == expected
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+def test_shipped_configurations_are_read(path):
+    text = path.read_text()
+    assert Shape.from_flags(read_flags([], text)) == by_the_real_reader(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('"micro-batch-size": 2', "line 1 of the configuration, '\"micro-batch-size\": 2': write each flag once"),
+        ("lr: 1\n{micro-batch-size: 2}", "line 2 of the configuration"),
+        ("micro-batch-size: 2\nmicro_batch_size: 4", "line 2 of the configuration"),
+        ("micro-batch-size:\n- 2", "micro-batch-size 'a list' is not a whole number from 1"),
+        ("global-batch-size: 0x10", "global-batch-size '0x10' is not a whole number from 1, written as"),
+    ],
+)
+def test_what_is_not_key_and_scalar_is_refused(text, message):
+    with pytest.raises(ValueError) as refused:
+        read_flags([], text)
+    assert message in str(refused.value)
+
+
+def test_a_quoted_number_is_a_number():
+    assert Shape.from_flags(read_flags([], 'global-batch-size: "16"')).global_batch == 16

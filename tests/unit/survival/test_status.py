@@ -59,6 +59,34 @@ def test_restarts_are_counted_with_their_reasons(run):
     assert "exit at iteration 10: hang of rank 3 on n7" in text
 
 
+def test_a_finished_run_has_no_end_to_expect(run):
+    runlog.append_metrics(run, 100, loss=1.0, train_iters=100)
+    runlog.append_event(run, "finished", iteration=100)
+    assert "expected end  reached\n" in screen(run)
+
+
+def test_a_start_without_a_sign_of_life_is_told(run):
+    assert "state         starting: no rank has given a sign of life yet, 0 s after the start" in screen(run)
+
+
+def test_an_array_that_builds_shards_is_no_idle_run(tmp_path):
+    run = Run(tmp_path)
+    for job, index, state in (("7", 0, "failed"), ("9", 0, "started"), ("9", 1, "started"), ("9", 0, "finished")):
+        runlog.append_event(run, "task", job=job, index=index, count=2, state=state)
+    assert "state         building shards with 2 tasks: 1 finished, 1 started\n" in screen(run)
+
+
+def test_what_a_run_says_does_not_command_the_terminal(run):
+    start_heartbeat(run, 0)
+    beat = run.heartbeats / "rank0000.json"
+    beat.write_text(beat.read_text().replace('"node": "', '"node": "\\u001b[2Jevil\\u202e'))
+    runlog.append_event(run, "hang", reason="\x1b]0;title\x07 gone\r\nstate         finished")
+    text = screen(run)
+    assert all(line.isprintable() for line in text.splitlines())
+    assert "\\x1b[2Jevil\\u202e" in text
+    assert not any(line.startswith("state         finished") for line in text.splitlines())
+
+
 def test_silence_is_told(run):
     start_heartbeat(run, 0)
     assert "silent: no sign of life for 2 h" in screen(run, now=runlog.read_events(run)[0]["time"] + 2 * 3600 + 9)
