@@ -139,8 +139,8 @@ def fit(args: argparse.Namespace) -> int:
     words = args.training
     try:
         config = layout.config_path(words)
-        text = Path(config).read_text(encoding="utf-8") if config else ""
-        shape = layout.Shape.from_flags(layout.read_flags(words, text))
+        text = config.read_text(encoding="utf-8") if config else ""
+        shape = layout.Shape.from_flags(layout.read_flags(words, text, config))
         found = layout.fit(args.available, args.ranks_per_node, shape, args.least)
     except (OSError, ValueError) as error:
         if args.ask:

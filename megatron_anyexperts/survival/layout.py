@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from megatron_anyexperts.config_search import BASE, find_config
 from megatron_anyexperts.data.config import DataConfig
 
 # Values, as YAML 1.1 reads them, with which the configuration leaves a flag out.
@@ -99,7 +101,7 @@ def fit(available: int, ranks_per_node: int, shape: Shape, minimum: int = 1) -> 
     )
 
 
-def read_flags(words: list[str], config_text: str = "") -> dict[str, str]:
+def read_flags(words: list[str], config_text: str = "", path: Path | None = None) -> dict[str, str]:
     """Scalar flags of a training command: from its YAML config without what `--unset` drops, then its own words.
 
     Only the standard library is at hand here, so the configuration is read as lines of `key: value` (and lists of
@@ -107,22 +109,37 @@ def read_flags(words: list[str], config_text: str = "") -> dict[str, str]:
 
     Args:
         words: command line after the program, such as ["--config", "x.yaml", "--micro-batch-size", "1"].
-        config_text: content of the YAML file, which names flags one to one at its top level.
+        config_text: content of the YAML file, which names flags one to one at its top level, or its base.
+        path: of that file; its base may be named relative to it.
 
     Raises:
         ValueError: names the line that is something else, or the flag of the layout whose value is no whole number.
     """
     given, unset = _read_words(words)
-    flags = {name: value for name, value in _read_config(config_text).items() if name not in unset} | given
+    config = _with_base(config_text, (path,) if path else ())
+    flags = {name: value for name, value in config.items() if value and name not in unset} | given
     for name in _SHAPING & flags.keys():
         if not _NUMBER.fullmatch(flags[name]):
             raise ValueError(f"{name} {flags[name]!r} is not a whole number from 1, written as `{name}: 8`")
     return flags
 
 
-def config_path(words: list[str]) -> str | None:
-    """What `--config` names in a training command."""
-    return _read_words(words)[0].get("config")
+def config_path(words: list[str]) -> Path | None:
+    """The file that `--config` names in a training command.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    name = _read_words(words)[0].get("config")
+    return None if name is None else find_config(name)
+
+
+def _with_base(text: str, readers: tuple[Path, ...]) -> dict[str, str]:
+    own = _read_config(text)
+    if not (base := own.pop(BASE, "")):
+        return own
+    path = find_config(base, readers[-1].parent if readers else None, readers)
+    return _with_base(path.read_text(encoding="utf-8"), (*readers, path)) | own
 
 
 def _read_words(words: list[str]) -> tuple[dict[str, str], set[str]]:
@@ -142,7 +159,7 @@ def _read_words(words: list[str]) -> tuple[dict[str, str], set[str]]:
 
 
 def _read_config(text: str) -> dict[str, str]:
-    """Names and values of a configuration, without those that it leaves out; a list is only said to be one."""
+    """Names and values of a configuration, empty for those that it leaves out; a list is only said to be one."""
     found: dict[str, str] = {}
     listing = ""  # the key whose list the next lines may be
     for number, line in enumerate(text.splitlines(), 1):
@@ -162,4 +179,4 @@ def _read_config(text: str) -> dict[str, str]:
         listing = name if not key or not value else ""
         absent = key and value in _ABSENT
         found[name] = "" if absent else (value[1:-1] if value[0] in "\"'" else value) if key else "a list"
-    return {name: value for name, value in found.items() if value}
+    return found

@@ -1,4 +1,4 @@
-"""Configurations: YAML files of flags, found by path or by the name of a shipped one, each an edit of its base."""
+"""Reads configurations: YAML files of flags, each possibly an edit of a base."""
 
 from __future__ import annotations
 
@@ -8,35 +8,8 @@ from typing import Any
 
 import yaml
 
+from megatron_anyexperts.config_search import BASE, find_config
 from megatron_anyexperts.training.usage import UsageError
-
-BASE = "base"
-_CHECKOUT = Path(__file__).parents[2] / "pretrain/configs"
-
-
-def shipped_folder() -> Path:
-    """Where this project's configurations are, in a checkout or in an installation."""
-    return _CHECKOUT if _CHECKOUT.is_dir() else Path(__file__).parents[1] / "configs"
-
-
-def find_config(name: str, beside: Path | None = None) -> Path:
-    """The file of a configuration.
-
-    Args:
-        name: a path, or the name of a shipped configuration, such as `demo`.
-        beside: folder where relative paths start; None: the current one.
-
-    Raises:
-        UsageError: there is none.
-    """
-    path = Path(beside or "", name)
-    if path.is_file():
-        return path
-    shipped = shipped_folder() / f"{name}.yaml"
-    if "/" not in name and shipped.is_file():
-        return shipped
-    names = ", ".join(sorted(each.stem for each in shipped_folder().glob("*.yaml")))
-    raise UsageError(f"no configuration {name}: neither a file nor one of the shipped {names}")
 
 
 def read_config(name: str) -> dict[str, Any]:
@@ -45,15 +18,21 @@ def read_config(name: str) -> dict[str, Any]:
     The key `base` names another configuration, relative to the file or shipped, whose keys count where this one has
     none; null or false here takes a key of the base away.
 
+    Args:
+        name: see `find_config`.
+
     Raises:
         UsageError: a file is missing, is not YAML, is not a flat mapping, or is its own base.
     """
-    return _read(find_config(name), ())
+    try:
+        return _read(find_config(name), ())
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"--config {name}: {error}") from error
 
 
 def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in readers:
-        raise UsageError(f"--config {readers[0]}: {path} is its own base")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -68,5 +47,5 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         return own
     if not isinstance(base, str):
         raise UsageError(f"--config {path}: base is {base!r}, not the path or name of a configuration")
-    inherited = _read(find_config(base, path.parent), (*readers, path.resolve()))
-    return inherited | own
+    readers += (path,)
+    return _read(find_config(base, path.parent, readers), readers) | own

@@ -112,7 +112,7 @@ def test_command_accepts_the_demo():
     [
         (["--config", DEMO, "--anyexperts-k-min", "5", "--ranks", "1"], 1, "anyexperts_k_min=5"),
         (["--config", DEMO, "--expert-model-parallel-size", "3"], 1, "as a job of 3 rank(s)"),
-        (["--config", "nowhere.yaml"], 2, "no configuration nowhere.yaml"),
+        (["--config", "nowhere.yaml"], 2, "cannot find the configuration nowhere.yaml"),
     ],
 )
 def test_command_says_why_a_configuration_cannot_run(capsys, flags, code, message):

@@ -10,7 +10,8 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from megatron_anyexperts.data.config import DataConfig
-from megatron_anyexperts.survival.layout import Layout, Shape, fit, read_flags
+from megatron_anyexperts.survival.layout import Layout, Shape, config_path, fit, read_flags
+from megatron_anyexperts.training.config_files import read_config
 
 powers = st.sampled_from([1, 2, 4, 8])
 
@@ -128,8 +129,23 @@ def test_what_is_read_is_what_the_real_reader_reads(text):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
 def test_shipped_configurations_are_read(path):
-    text = path.read_text()
-    assert Shape.from_flags(read_flags([], text)) == by_the_real_reader(text)
+    words = ["--config", path.stem]
+    assert config_path(words) == path
+    whole = yaml.safe_dump(read_config(path.stem), default_flow_style=False)
+    assert Shape.from_flags(read_flags(words, path.read_text(), path)) == by_the_real_reader(whole)
+
+
+def test_a_configuration_is_read_with_its_base(tmp_path):
+    (tmp_path / "large.yaml").write_text("global-batch-size: 64\nmicro-batch-size: 2\ndata-streams: 8\n")
+    path = tmp_path / "small.yaml"
+    path.write_text("base: large.yaml\nmicro-batch-size: null\nglobal_batch_size: 16\n")
+    flags = read_flags([], path.read_text(), path)
+    assert Shape.from_flags(flags) == Shape(global_batch=16, data_streams=8) == by_the_real_reader(
+        yaml.safe_dump(read_config(str(path)))
+    )
+    path.write_text("base: small.yaml")
+    with pytest.raises(ValueError, match="its own base"):
+        read_flags([], path.read_text(), path)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import pytest
 
-from megatron_anyexperts.training.config_files import read_config, shipped_folder
+from megatron_anyexperts.config_search import shipped_folder
+from megatron_anyexperts.training.config_files import read_config
 from megatron_anyexperts.training.usage import UsageError
 
 
@@ -36,7 +37,7 @@ def test_a_file_of_the_same_name_wins(write, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("base: nowhere", "no configuration nowhere: .*shipped.*demo"),
+        ("base: nowhere", "cannot find the configuration nowhere: .*shipped.*demo"),
         ("base: [a, b]", r"base is \['a', 'b'\]"),
         ("base: one.yaml", "one.yaml is its own base"),
         ("base: two.yaml", "one.yaml is its own base"),
