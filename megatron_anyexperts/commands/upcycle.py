@@ -51,7 +51,7 @@ def main(cli: list[str] | None = None) -> int:
         settings = identity.settings(args, transformer_config(args))
         if old := comparison.starting_point(args, own=False):
             print(comparison.compare(args, settings, old, new_shapes=True))
-        identity.write(upcycle(model_provider(), Path(args.load), Path(args.save)), settings)
+        upcycle(model_provider(), Path(args.load), Path(args.save), settings)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

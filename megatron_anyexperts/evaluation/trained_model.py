@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_anyexperts.platform import cpu
+from megatron_anyexperts.platform import cpu, torch_checkpoint
+from megatron_anyexperts.survival.manifest import tracked_checkpoint
+from megatron_anyexperts.survival.signing import signing_key
 from megatron_anyexperts.training.arguments import UsageError, be_a_rank, parse
 from megatron_anyexperts.training.comparison import RunSettings
 from megatron_anyexperts.training.pretrain import DEFAULTS, check, model_provider, transformer_config
+from megatron_anyexperts.training.resume import CheckpointError, check_foreign
 
 
 def start(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> argparse.Namespace:
@@ -26,8 +30,10 @@ def start(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> argparse.Na
         UsageError: the command line cannot be carried out.
     """
     cpu.bridge(training=True)
+    torch_checkpoint.install()
     be_a_rank()
     try:
+        signing_key()
         args = parse(cli, defaults)
         check(args)
     except (ValueError, AssertionError) as error:
@@ -67,6 +73,12 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
     settings.compare(args)
     if args.rank == 0:
         settings.announce(run=None)
+    if signing_key() is not None:
+        # Without one, reading every byte of a checkpoint first would take longer than most questions to it.
+        try:
+            check_foreign(tracked_checkpoint(Path(args.load)), f"--load {args.load}")
+        except (OSError, CheckpointError) as error:
+            raise UsageError(str(error)) from error
     load_checkpoint(model, None, None)
     # What it returns is 0 both without a checkpoint and for weights without a training state (converted, upcycled).
     args.iteration = get_loaded_iteration()

@@ -162,7 +162,7 @@ def show(args: argparse.Namespace) -> int:
 
 
 def vouch(args: argparse.Namespace) -> int:
-    """Give a checkpoint that lost its manifest a new one, from its files as they are; the caller vouches for them."""
+    """Give a checkpoint whose files the caller vouches for a new manifest, signed if there is a key."""
     try:
         print(f"sealed: {manifest.seal(args.folder)}")
     except (OSError, ValueError) as error:
@@ -203,7 +203,8 @@ def _parser() -> argparse.ArgumentParser:
         return text.split()
 
     command("status", show)
-    command("seal", vouch, with_run=False).add_argument("folder", type=Path, help="an iter_NNNNNNN directory")
+    sealed = command("seal", vouch, with_run=False)
+    sealed.add_argument("folder", type=Path, help="an iter_NNNNNNN or release directory")
     started = command("begin", begin)
     started.add_argument("--job", default="")
     started.add_argument("--nodes", type=words, default=[])

@@ -3,6 +3,7 @@
 A checkpoint is *sealed* once its manifest lies in it. The manifest is written last, after every file was flushed to
 the disk, so a sealed checkpoint was complete at that moment; `verify` says whether it still is. A marker lies in the
 directory from the beginning of a save to its seal: with it the save did not finish, without both a manifest was lost.
+With a key (see `signing`) manifests are signed, and none is believed without its signature.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from typing import Any
 
 from megatron_anyexperts.files import sync_folder, write_text
 
+from .signing import is_signed, signature, signing_key
+
 MANIFEST = "manifest.json"
 UNFINISHED = "save_not_finished"
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 """Megatron's name for weights without a training state; a run that loads them starts at iteration 0."""
+RELEASE_ITERATION = -1
+"""What a manifest says of such weights instead of an iteration."""
 _DIRECTORY = re.compile(r"iter_(\d{7,})")
 _VERSION = 2
 _HASH_THREADS = 8
@@ -32,6 +37,17 @@ _HASH_THREADS = 8
 def iteration_directory(save_dir: Path, iteration: int) -> Path:
     """Directory in which Megatron keeps the checkpoint of `iteration`."""
     return save_dir / f"iter_{iteration:07d}"
+
+
+def tracked_checkpoint(save_dir: Path) -> Path:
+    """Directory of the checkpoint that Megatron's tracker names.
+
+    Raises:
+        OSError: there is no tracker.
+        ValueError: it names none.
+    """
+    newest = (save_dir / TRACKER).read_text(encoding="utf-8").strip()
+    return save_dir / RELEASE if newest == RELEASE else iteration_directory(save_dir, int(newest))
 
 
 def saved_iterations(save_dir: Path) -> list[int]:
@@ -111,12 +127,13 @@ def seal(checkpoint_dir: Path, digests: dict[str, dict[str, Any]] | None = None)
     """Declare a finished checkpoint complete: flush its files, then write its manifest.
 
     Args:
-        checkpoint_dir: an `iter_NNNNNNN` directory to which nobody writes any more.
+        checkpoint_dir: an `iter_NNNNNNN` or `release` directory to which nobody writes any more.
         digests: what `digest` returned for all files, when several ranks hashed them; hashed here otherwise.
 
     Raises:
         FileNotFoundError: the directory is missing or holds no files.
         ValueError: the directory has another name, or `digests` are of other files.
+        UnusableKey: there should be a key to sign with, and is none.
         OSError: the disk refused; the checkpoint then stays unsealed and is never resumed from.
     """
     names = payload_files(checkpoint_dir) if checkpoint_dir.is_dir() else []
@@ -124,7 +141,8 @@ def seal(checkpoint_dir: Path, digests: dict[str, dict[str, Any]] | None = None)
         raise FileNotFoundError(f"no checkpoint files in {checkpoint_dir}; save before sealing")
     iteration = _iteration_of(checkpoint_dir)
     if iteration is None:
-        raise ValueError(f"{checkpoint_dir} is not called iter_NNNNNNN, so it cannot be told of which iteration it is")
+        raise ValueError(f"{checkpoint_dir} is not called iter_NNNNNNN or {RELEASE}, so its iteration is not known")
+    key = signing_key()
     files = digest(checkpoint_dir, names) if digests is None else digests
     if sorted(files) != names:
         odd = sorted(set(files) ^ set(names))
@@ -132,9 +150,17 @@ def seal(checkpoint_dir: Path, digests: dict[str, dict[str, Any]] | None = None)
     for folder in {path.parent for path in map(checkpoint_dir.joinpath, names)}:
         sync_folder(folder)
     content = {"version": _VERSION, "iteration": iteration, "files": files}
+    if key is not None:
+        content["signature"] = signature(content, key)
     write_text(checkpoint_dir / MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
     (checkpoint_dir / UNFINISHED).unlink(missing_ok=True)
     return checkpoint_dir / MANIFEST
+
+
+_UNSIGNED = (
+    "its manifest is {}, and a key is set; if you vouch for its files, sign it by "
+    "`python -m megatron_anyexperts.survival seal`"
+)
 
 
 class Unsound(ValueError):
@@ -146,7 +172,9 @@ def sound_list(checkpoint_dir: Path) -> dict[str, dict[str, Any]]:
 
     Raises:
         Unsound: the checkpoint may not be loaded.
+        UnusableKey: there should be a key to check the signature with, and is none.
     """
+    key = signing_key()
     if not checkpoint_dir.is_dir():
         raise Unsound(f"{checkpoint_dir.name} does not exist")
     try:
@@ -156,11 +184,17 @@ def sound_list(checkpoint_dir: Path) -> dict[str, dict[str, Any]]:
             for name, entry in content["files"].items()
         }
         iteration = None if content["version"] == 1 else int(content["iteration"])
+        signed = content.pop("signature", None)
     except FileNotFoundError as error:
         why = "the save did not finish" if is_unfinished(checkpoint_dir) else f"its {MANIFEST} is lost"
         raise Unsound(f"it is not sealed: {why}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Unsound(f"its manifest is unreadable: {error!r}") from error
+    if key is not None:
+        if not is_signed(content, signed, key):
+            raise Unsound(_UNSIGNED.format("signed with another key, or changed since" if signed else "not signed"))
+        if spare := sorted(set(payload_files(checkpoint_dir)) - files.keys()):
+            raise Unsound(f"{spare[0]} is not in its signed manifest")
     if iteration not in (None, _iteration_of(checkpoint_dir)):
         raise Unsound(f"its manifest is of iteration {iteration}: the directory was renamed or swapped")
     if not files:
@@ -198,6 +232,8 @@ def verify(checkpoint_dir: Path, hashes: bool = True) -> list[str]:
 
 
 def _iteration_of(checkpoint_dir: Path) -> int | None:
+    if checkpoint_dir.name == RELEASE:
+        return RELEASE_ITERATION
     match = _DIRECTORY.fullmatch(checkpoint_dir.name)
     return int(match[1]) if match else None
 

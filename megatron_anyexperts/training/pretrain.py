@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from megatron_anyexperts.platform import cpu
+from megatron_anyexperts.platform import cpu, torch_checkpoint
 from megatron_anyexperts.survival import heartbeat as heartbeats
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.checkpoints import NotSaved, NoUsableCheckpoint
@@ -26,6 +26,7 @@ from megatron_anyexperts.survival.lock import RunInUse, RunLock
 from megatron_anyexperts.survival.lost_writes import tolerate_full_disk
 from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.survival.signals import live_with_parent
+from megatron_anyexperts.survival.signing import signing_key
 from megatron_anyexperts.training.arguments import UsageError, be_a_rank, parse
 
 if TYPE_CHECKING:
@@ -128,8 +129,10 @@ def prepare(
     from megatron_anyexperts.data.faults import DataFeedError
 
     cpu.bridge(training=True)
+    torch_checkpoint.install()
     be_a_rank()
     try:
+        signing_key()  # refused now rather than at the first save
         args = parse(cli, defaults)
         check(args)
         from megatron_anyexperts.data.blend import check_splits

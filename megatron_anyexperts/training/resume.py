@@ -21,6 +21,7 @@ from megatron_anyexperts.survival.manifest import (
     saved_iterations,
     sound_list,
 )
+from megatron_anyexperts.survival.signing import signing_key
 from megatron_anyexperts.training.together import on_rank_0, shared_digest, tried_on_rank_0
 
 FIRST_START = ("finetune", "no_load_optim", "no_load_rng", "ckpt_step")
@@ -98,14 +99,25 @@ def check_elsewhere(args: argparse.Namespace, meanwhile: Callable[[], None] = la
         raise CheckpointError(f"{lacking}: no {TRACKER} there; name the folder in which the folders iter_* lie")
     flag, folder = named[exists.index(True)]
     newest = on_rank_0(lambda: (Path(folder) / TRACKER).read_text(encoding="utf-8").strip())
-    if newest == RELEASE:
-        return
     step = args.ckpt_step if flag == "--load" and args.ckpt_step else newest
-    directory = iteration_directory(Path(folder), int(step))
-    if not on_rank_0(lambda: is_sealed(directory)):
+    directory = Path(folder, RELEASE) if step == RELEASE else iteration_directory(Path(folder), int(step))
+    check_foreign(directory, f"{flag} {folder}", meanwhile)
+
+
+def check_foreign(directory: Path, named: str, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Verify a checkpoint that is not the run's own, if it is sealed; with a key it has to be, and signed.
+
+    Args:
+        directory: of the one checkpoint.
+        named: how the user named it.
+
+    Raises:
+        CheckpointError: it is damaged, or not signed with the key.
+    """
+    if signing_key() is None and not on_rank_0(lambda: is_sealed(directory)):
         print_rank_0(f"WARNING: {directory} is not sealed: nothing vouches for its files")
     elif problems := examine(directory, meanwhile):
-        raise CheckpointError(f"{flag} {folder}: iteration {step} is damaged: {problems[0]}")
+        raise CheckpointError(f"{named}: {directory.name} may not be loaded: {problems[0]}")
 
 
 def refuse_lost_optimizer(args: argparse.Namespace, iteration: int) -> None:

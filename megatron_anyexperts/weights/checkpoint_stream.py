@@ -9,9 +9,10 @@ from __future__ import annotations
 import io
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -26,7 +27,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_anyexperts.survival.manifest import RELEASE, TRACKER, iteration_directory
+from megatron_anyexperts.platform import torch_checkpoint
+from megatron_anyexperts.survival.manifest import RELEASE, TRACKER, seal, tracked_checkpoint, verify
+from megatron_anyexperts.survival.signing import UnusableKey, signing_key
+from megatron_anyexperts.training import identity
 from megatron_anyexperts.training.arguments import UsageError
 
 _COMMON = ShardedObject("common_state", None, (1,), (0,)).unique_key
@@ -109,8 +113,15 @@ class _Planner(dcp.DefaultSavePlanner):
         return data.detach().contiguous()
 
 
-def write_release(folder: Path, chunks: Iterable[Chunk], pattern: str, hidden: int, heads: int) -> Path:
-    """Write a checkpoint of weights without training state, and Megatron's pointer to it.
+def write_release(
+    folder: Path,
+    chunks: Iterable[Chunk],
+    pattern: str,
+    hidden: int,
+    heads: int,
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a sealed checkpoint of weights without training state, and Megatron's pointer to it.
 
     Args:
         folder: what `--load` will name; must hold no checkpoint yet.
@@ -118,6 +129,7 @@ def write_release(folder: Path, chunks: Iterable[Chunk], pattern: str, hidden: i
         pattern: `--hybrid-layer-pattern` of the model.
         hidden: its hidden size.
         heads: its attention heads.
+        settings: what it says of the flags that the weights belong to, see `identity`; None: nothing.
 
     Returns:
         the directory with the tensors.
@@ -136,6 +148,9 @@ def write_release(folder: Path, chunks: Iterable[Chunk], pattern: str, hidden: i
     writer = dcp.FileSystemWriter(target, thread_count=1)
     dcp.save({}, storage_writer=writer, planner=_Planner(chunks, args), no_dist=True)
     (target / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    if settings is not None:
+        identity.write(target, settings)
+    seal(target)
     tracker.write_text(RELEASE)
     return target
 
@@ -170,14 +185,18 @@ class CheckpointReader:
     """
 
     def __init__(self, folder: Path):
-        tracker = folder / TRACKER
         try:
-            newest = tracker.read_text().strip()
+            path = tracked_checkpoint(folder)
         except OSError as error:
-            raise UsageError(f"no checkpoint in {folder}: {tracker.name} cannot be read") from error
-        path = folder / RELEASE if newest == RELEASE else iteration_directory(folder, int(newest))
+            raise UsageError(f"no checkpoint in {folder}: {TRACKER} cannot be read") from error
         if not (path / ".metadata").exists():
             raise UsageError(f"{path} is no torch_dist checkpoint; save with --ckpt-format torch_dist")
+        torch_checkpoint.install()
+        try:
+            if signing_key() is not None and (problems := verify(path)):
+                raise UsageError(f"{folder}: {path.name} may not be loaded: {problems[0]}")
+        except UnusableKey as error:
+            raise UsageError(str(error)) from error
         self._reader = dcp.FileSystemReader(path)
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)

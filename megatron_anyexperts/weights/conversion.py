@@ -103,8 +103,8 @@ def import_weights(source: Path, target: Path) -> Path:
         return Chunk(box.key, box.whole, box.offset, box.shape, dtype, partial(make, box, dtype))
 
     architecture = sizes.pattern, sizes.hidden_size, sizes.num_attention_heads
-    written = write_release(target, [chunk(box) for box in boxes], *architecture)
-    identity.write(written, identity.of_flags(sizes.flags()))
+    settings = identity.of_flags(sizes.flags())
+    written = write_release(target, [chunk(box) for box in boxes], *architecture, settings)
     (target / "model.yaml").write_text(yaml.safe_dump(sizes.flags(), sort_keys=False))
     return written
 

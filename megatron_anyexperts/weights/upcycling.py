@@ -8,9 +8,10 @@ controllers move the slot offset and the virtual bias.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -85,7 +86,9 @@ def make_neutral(layer: AnyExpertsMoELayer) -> None:
         layer.router.control.virtual_bias.fill_(-VIRTUAL_BIAS_LIMIT)
 
 
-def upcycle(model: torch.nn.Module, source: Path, target: Path) -> Path:
+def upcycle(
+    model: torch.nn.Module, source: Path, target: Path, settings: Mapping[str, Any] | None = None
+) -> Path:
     """Write a checkpoint of `model` that starts from an older, simpler model's weights.
 
     What the source lacks: importance and virtual columns start neutral; experts are copies of the dense FFN of the same
@@ -96,6 +99,7 @@ def upcycle(model: torch.nn.Module, source: Path, target: Path) -> Path:
         model: the new model in one process, without wrappers; its values are changed.
         source: checkpoint directory of the old model, as for `--load`.
         target: new checkpoint directory.
+        settings: see `write_release`.
 
     Returns:
         the directory with the tensors.
@@ -124,7 +128,7 @@ def upcycle(model: torch.nn.Module, source: Path, target: Path) -> Path:
         raise UsageError(f"{source} does not fit the new model; nothing was written\n  {listed}")
     config = model.config
     pattern = model.language_model.hybrid_layer_pattern
-    return write_release(target, chunks, pattern, config.hidden_size, config.num_attention_heads)
+    return write_release(target, chunks, pattern, config.hidden_size, config.num_attention_heads, settings)
 
 
 def _boxes(model: torch.nn.Module) -> Iterator[ShardedTensor]:

@@ -1,6 +1,8 @@
 """An upcycled model starts as the old one and has gradients to leave it by."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_anyexperts.moe.slots import integer_slots, last_slot_weight, soft_slots
+from megatron_anyexperts.survival.manifest import RELEASE, seal, verify
+from megatron_anyexperts.survival.signing import KEY
 from megatron_anyexperts.training.arguments import UsageError
 from megatron_anyexperts.weights.checkpoint_stream import Chunk, write_release
 from megatron_anyexperts.weights.conversion import import_weights
@@ -141,6 +145,15 @@ def test_gates_without_a_fixed_sum_are_refused(tmp_path, one_rank, make_model):
     changes = {"moe_ffn_hidden_size": 48, "moe_router_pre_softmax": True, "anyexperts_alpha": 0.0}
     with pytest.raises(UsageError, match="gates of a token have a fixed sum"):
         upcycle(make_model(arguments | {"hybrid_layer_pattern": "*-*E"}, **changes), tmp_path / "dense", tmp_path / "n")
+
+
+def test_with_a_key_only_signed_weights_are_read_and_written(fixed, tmp_path, one_rank, monkeypatch):
+    monkeypatch.setenv(KEY, "a key of this test alone")
+    with pytest.raises(UsageError, match="release may not be loaded: its manifest is not signed"):
+        upcycle(build(TINY, **DYNAMIC), fixed, tmp_path / "new")
+    copy = Path(shutil.copytree(fixed, tmp_path / "copy"))
+    seal(copy / RELEASE)
+    assert verify(upcycle(build(TINY, **DYNAMIC), copy, tmp_path / "new")) == []
 
 
 def test_a_chunk_of_the_wrong_shape_is_not_written(tmp_path):
