@@ -41,6 +41,12 @@ recompute-modules: [moe_act, layernorm]
 expert-model-parallel-size: 8
 """
 """What a configuration for GPUs has in common with the large ones."""
+ONLY_ON_CPU = (
+    *("distributed-backend", "use-cpu-initialization", "no-persist-layer-norm", "no-rope-fusion"),
+    *("no-masked-softmax-fusion", "no-bias-dropout-fusion", "no-bias-swiglu-fusion", "disable-jit-fuser"),
+    "no-gradient-accumulation-fusion",
+)
+"""What it has not."""
 
 
 def run(script: str, *words, code: int = 0) -> str:
@@ -73,7 +79,7 @@ def test_proxy_trains_and_keeps_its_budget(proxies: dict[Path, Finished], config
 def upcycled(corpus: Path, proxies: dict[Path, Finished], tmp_path_factory) -> Path:
     """The trained fixed proxy as a dynamic one: weights without a training state."""
     folder, config = tmp_path_factory.mktemp("upcycled"), tmp_path_factory.mktemp("config") / "on_gpus.yaml"
-    config.write_text(DYNAMIC.read_text().partition("# without Transformer Engine")[0] + ON_GPUS)
+    config.write_text(f"base: {DYNAMIC}\n{ON_GPUS}" + "".join(f"{key}: null\n" for key in ONLY_ON_CPU))
     words = ("--tokenizer-model", corpus / "tokenizer", "--load", proxies[FIXED].run.checkpoints, "--save", folder)
     refused = run("upcycle.py", "--config", config, *words, "--rotary-base", "500", code=2)
     assert "--rotary-base 600000 in the checkpoint, 500 now" in refused
