@@ -39,9 +39,9 @@ WANTED = [record["text"] for record in RECORDS]
         ("a.json", LINES),
         ("a.JSONL", LINES),
         ("a.Json.GZ", gzip.compress(json.dumps(RECORDS).encode())),
-        ("a.json.gz", gzip.compress(LINES)),
+        ("a.json.gz", gzip.compress(LINES, mtime=0)),
         ("a.ndjson.zst", zstandard.compress(LINES[:999]) + zstandard.compress(LINES[999:])),
-        ("a.csv.gz", gzip.compress(b"text\nplain\n")),
+        ("a.csv.gz", gzip.compress(b"text\nplain\n", mtime=0)),
     ],
 )
 @pytest.mark.parametrize("chunk_bytes", [500, 10**6])
