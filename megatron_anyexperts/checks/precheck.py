@@ -15,7 +15,6 @@ import logging
 import os
 import sys
 import warnings
-from dataclasses import fields
 
 from megatron_anyexperts.checks.doctor import as_if_complete
 
@@ -29,11 +28,11 @@ def open_data(args: argparse.Namespace) -> None:
     from megatron.energon import WorkerConfig
 
     from megatron_anyexperts.data.blend import open_blend
-    from megatron_anyexperts.data.config import DataConfig
     from megatron_anyexperts.data.vocabulary import Vocabulary
+    from megatron_anyexperts.training.data import data_config
 
     Vocabulary(args.tokenizer_model)
-    config = DataConfig(**{field.name: getattr(args, field.name) for field in fields(DataConfig)})
+    config = data_config(args)
     alone = WorkerConfig(rank=0, world_size=1, num_workers=0)
     for split in ("train", "val") if args.eval_iters else ("train",):
         open_blend(args.data_path[0], split, config, alone)

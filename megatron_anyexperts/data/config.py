@@ -16,6 +16,10 @@ class DataConfig:
     """Logical data streams (V): fixed for the life of a run, whatever its rank count. The data-parallel size must
     divide it; each rank runs V / dp_size worker processes."""
 
+    data_mixture_schedule: str | None = None
+    """YAML file of stages at which the weights of the blend's datasets change; see docs/data.md. A run that is
+    resumed may change stages that have not begun."""
+
     data_shuffle_buffer: int = 1000
     """Samples held per stream for shuffling, still compressed. 0 switches the buffer off."""
 
@@ -95,5 +99,6 @@ class DataConfig:
 
     def order_fields(self) -> dict:
         """The settings that decide which samples come when and how they look; a resumed run must keep them."""
-        tolerance = ("data_error_", "data_storage_", "data_watchdog_")
+        # The schedule is compared by its content, as far as it has been followed; see `elastic`.
+        tolerance = ("data_error_", "data_storage_", "data_watchdog_", "data_mixture_schedule")
         return {name: value for name, value in asdict(self).items() if not name.startswith(tolerance)}

@@ -13,7 +13,7 @@ from megatron.energon.savable_loader import SavableDataLoaderState
 
 from megatron_anyexperts.data import plain_state
 
-VERSION = 2  # 1 held pickles, which run code when they are read
+VERSION = 3  # 1 held pickles, which run code when they are read; 2 did not count microbatches
 
 
 def valid_dp_sizes(streams: int) -> list[int]:
@@ -85,8 +85,16 @@ def has_ended(stream: bytes) -> bool:
     return all(count > 0 for count in epochs(plain_state.loads(stream).state.dataset_state))
 
 
-def merge_states(ranks: list[RankState], fingerprint: dict[str, Any], micro_batch_size: int) -> dict[str, Any]:
+def merge_states(
+    ranks: list[RankState], fingerprint: dict[str, Any], micro_batch_size: int, mixture: list[list[Any]]
+) -> dict[str, Any]:
     """Join the states of all ranks, in rank order, into one for the checkpoint.
+
+    Args:
+        ranks: in rank order.
+        fingerprint: the settings that must not change.
+        micro_batch_size: rows of a microbatch.
+        mixture: the stages of the mixture that have begun; see `MixtureSchedule.begun`.
 
     Returns:
         Plain values, and under ``streams`` one uint8 tensor per stream (empty list at the start of a run).
@@ -104,6 +112,7 @@ def merge_states(ranks: list[RankState], fingerprint: dict[str, Any], micro_batc
         "rounds": rounds.pop(),
         "micro_batch_size": micro_batch_size,
         "fingerprint": fingerprint,
+        "mixture": mixture,
         "streams": [torch.frombuffer(bytearray(stream), dtype=torch.uint8) for stream in streams],
     }
 
@@ -119,9 +128,15 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
 
 
 def rank_state(
-    state: dict[str, Any], fingerprint: dict[str, Any], dp_rank: int, dp_size: int
+    state: dict[str, Any], fingerprint: dict[str, Any], dp_rank: int, dp_size: int, mixture: list[list[Any]]
 ) -> SavableDataLoaderState | None:
     """Deal a merged state out to one rank of any layout.
+
+    Args:
+        state: what `merge_states` returned.
+        fingerprint: the settings of now.
+        dp_rank, dp_size: place in the layout of now.
+        mixture: the stages that the schedule of now says have begun.
 
     Returns:
         What Energon's loader restores from; None at the start of a run.
@@ -140,6 +155,11 @@ def rank_state(
             "the data settings differ from those of the checkpoint, so its position in the data is meaningless:\n  "
             + "\n  ".join(changed)
             + "\nrestore these settings, or start the data anew without loading the data state"
+        )
+    if state["mixture"] != mixture:
+        raise ValueError(
+            f"stages of the mixture schedule that have begun are others than in the checkpoint: {state['mixture']} "
+            f"then, {mixture} now (each: round, rounds to reach it, weights); restore them, stages to come may change"
         )
     workers = [plain_state.loads(stream.numpy().tobytes()) for stream in state["streams"]]
     if not workers:

@@ -15,11 +15,12 @@ import torch
 from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader
 from megatron.energon.task_encoder.base import TaskEncoder
 
-from megatron_anyexperts.data import elastic, shard_reader
+from megatron_anyexperts.data import elastic, scheduled_blend, shard_reader
 from megatron_anyexperts.data.blend import open_blend
 from megatron_anyexperts.data.config import DataConfig
 from megatron_anyexperts.data.encode import DocumentEncoder
 from megatron_anyexperts.data.faults import DataFeedError, ErrorBudgetExceeded, FaultLedger, Quarantine
+from megatron_anyexperts.data.mixture_schedule import MixtureSchedule, constant, dataset_name, load_schedule
 from megatron_anyexperts.data.packing import from_buffer
 from megatron_anyexperts.data.task_encoder import FeedTaskEncoder
 from megatron_anyexperts.data.vocabulary import Vocabulary
@@ -45,6 +46,7 @@ class MicrobatchLoader:
         endless: False stops after one pass over the data (each rank at its own count); then the blend must not
             use weights.
         quarantine: file that lists samples which killed a decoder, for all ranks and restarts of a run.
+        rows_per_step: global batch size, by which a mixture schedule counts steps; None when it changes.
 
     Raises:
         FileNotFoundError: blend or tokenizer are missing.
@@ -64,6 +66,7 @@ class MicrobatchLoader:
         seed: int,
         endless: bool = True,
         quarantine: Path | None = None,
+        rows_per_step: int | None = None,
     ) -> None:
         self._streams = elastic.streams_per_rank(config.data_streams, dp_size)
         self._micro_batch_size, self._dp_rank, self._dp_size = micro_batch_size, dp_rank, dp_size
@@ -88,6 +91,7 @@ class MicrobatchLoader:
             "tokenizer": hashlib.sha256(vocabulary.fingerprint_bytes).hexdigest()[:16],
             "datasets": _describe(datasets.datasets),
         }
+        self.schedule = mixture_of(datasets.datasets, config, micro_batch_size, rows_per_step)
         self._loader = self._build(task_encoder, datasets, workers, config, endless)
         self._endless = endless
         self._iterator: Iterator[dict[str, Any]] | None = None
@@ -110,6 +114,8 @@ class MicrobatchLoader:
             repeat=endless,
         )
         shard_reader.install(dataset, config.data_storage_retries, config.data_storage_backoff)
+        if endless:
+            dataset = scheduled_blend.install(dataset, self.schedule)
         loader = get_savable_loader(
             dataset,
             checkpoint_every_sec=_CHECKPOINT_SECONDS,
@@ -155,7 +161,16 @@ class MicrobatchLoader:
                 f"{describe_failure(error, self._dp_rank)}; restart the job from its checkpoint"
             ) from error
         self._emitted += 1
+        if self._emitted % self._streams == 0:
+            self._announce_stage()
         return microbatch
+
+    def _announce_stage(self) -> None:
+        rounds = self._rounds_before + self._emitted // self._streams
+        stage = self.schedule.stage_at(rounds)
+        if self._dp_rank == 0 and rounds == self.schedule.starts[stage]:
+            number = f"{stage + 1} of {len(self.schedule.starts)}"
+            print(f"mixture stage {number} begins: {self.schedule.describe(stage)}", flush=True)
 
     def save_state(self) -> elastic.RankState:
         """State of this rank's streams, between training steps.
@@ -192,7 +207,8 @@ class MicrobatchLoader:
         states = [own] * self._dp_size
         if self._dp_size > 1:
             torch.distributed.all_gather_object(states, own, group=group)
-        return elastic.merge_states(states, self.fingerprint, self._micro_batch_size)
+        begun = self.schedule.begun(own.rounds)
+        return elastic.merge_states(states, self.fingerprint, self._micro_batch_size, begun)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue where `state_for_checkpoint` was called, in whatever layout that was; call before the first batch.
@@ -203,7 +219,8 @@ class MicrobatchLoader:
         """
         if self._iterator is not None:
             raise DataFeedError("restore the data state before the first microbatch is drawn")
-        mine = elastic.rank_state(state, self.fingerprint, self._dp_rank, self._dp_size)
+        begun = self.schedule.begun(state["rounds"])
+        mine = elastic.rank_state(state, self.fingerprint, self._dp_rank, self._dp_size, begun)
         self._restored = elastic.split_state(mine, state["rounds"])
         self._rounds_before = state["rounds"]
         self._loader.restore_state_rank(mine)
@@ -223,6 +240,22 @@ def describe_failure(error: Exception, dp_rank: int) -> str:
     pinning = "pin memory thread" in lines[0].lower()
     where = "copying a microbatch to pinned host memory" if pinning else "a data worker"
     return f"{where} of dp_rank={dp_rank} failed: {lines[-1]}"
+
+
+def mixture_of(
+    datasets: list, config: DataConfig, micro_batch_size: int, rows_per_step: int | None
+) -> MixtureSchedule:
+    """The weights with which the datasets of a blend are drawn.
+
+    Raises:
+        MixtureScheduleError: the schedule of `config` does not fit the blend.
+    """
+    names = [dataset_name(entry.dataset.subflavors or {}) for entry in datasets]
+    weights = [1.0 if entry.weight is None else float(entry.weight) for entry in datasets]
+    if config.data_mixture_schedule is None:
+        return constant(names, weights)
+    rows = micro_batch_size * config.data_streams
+    return load_schedule(config.data_mixture_schedule, names, weights, rows, rows_per_step)
 
 
 def _describe(datasets: list) -> str:

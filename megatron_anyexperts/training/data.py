@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
+from megatron.energon import WorkerConfig
 from megatron.training import get_args
 
+from megatron_anyexperts.data.blend import open_blend
 from megatron_anyexperts.data.config import DataConfig
-from megatron_anyexperts.data.loader import MicrobatchLoader
+from megatron_anyexperts.data.loader import MicrobatchLoader, mixture_of
 from megatron_anyexperts.data.validation import ValidationLoader
 from megatron_anyexperts.media import MediaShape
 from megatron_anyexperts.survival.run_directory import Run
@@ -54,7 +56,8 @@ class DataProvider:
         common = data_settings(args)
         train = None
         if not args.skip_train:
-            train = MicrobatchLoader(**common, micro_batch_size=args.micro_batch_size, seed=args.seed)
+            batch = {"micro_batch_size": args.micro_batch_size, "rows_per_step": rows_per_step(args)}
+            train = MicrobatchLoader(**common, **batch, seed=args.seed)
             self.checkpoints.restore_data(train)
             self._open_sample_log(args)
         valid = None
@@ -79,7 +82,7 @@ def data_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments that the training and the validation loader of this rank share."""
     return {
         "blend": blend_file(args.data_path),
-        "config": DataConfig(**{field.name: getattr(args, field.name) for field in fields(DataConfig)}),
+        "config": data_config(args),
         "shape": MediaShape.from_args(args),
         "tokenizer": args.tokenizer_model,
         "seq_length": args.seq_length,
@@ -87,6 +90,30 @@ def data_settings(args: argparse.Namespace) -> dict[str, Any]:
         "dp_size": mpu.get_data_parallel_world_size(),
         "quarantine": Run(Path(args.run_dir)).quarantine if args.run_dir else None,
     }
+
+
+def check_mixture(args: argparse.Namespace) -> None:
+    """Refuse a mixture schedule that does not fit blend and batch, before any rank waits.
+
+    Raises:
+        MixtureScheduleError: see `load_schedule`.
+    """
+    if args.data_mixture_schedule is None:
+        return
+    config = data_config(args)
+    alone = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    datasets = open_blend(blend_file(args.data_path), "train", config, alone).datasets
+    mixture_of(datasets, config, args.micro_batch_size, rows_per_step(args))
+
+
+def rows_per_step(args: argparse.Namespace) -> int | None:
+    """The global batch size; None when it changes during the run."""
+    return None if args.step_batch_size_schedule else args.global_batch_size
+
+
+def data_config(args: argparse.Namespace) -> DataConfig:
+    """The settings of the data feed."""
+    return DataConfig(**{field.name: getattr(args, field.name) for field in fields(DataConfig)})
 
 
 def blend_file(data_path: list[str] | None) -> str:

@@ -189,6 +189,8 @@ TABLE: tuple[tuple[Kind, str, str], ...] = (
     (Kind.EXECUTION, "the run's folder and how its checkpoints are kept",
      """run_dir log_sample_keys keep_last_checkpoints keep_every_checkpoint max_failed_saves accept_change
      change_schedule peak_tflops_per_gpu"""),
+    (Kind.EXECUTION, "file whose content is compared with the data state, as far as it was followed",
+     "data_mixture_schedule"),
     (Kind.EXECUTION, "how much failure the feed tolerates",
      """data_error_budget data_error_rate data_storage_retries data_storage_backoff data_watchdog_seconds"""),
 )  # fmt: skip

@@ -138,10 +138,12 @@ def prepare(
         from megatron_anyexperts.data.blend import check_splits
         from megatron_anyexperts.training import schedule
         from megatron_anyexperts.training.comparison import RunSettings
-        from megatron_anyexperts.training.data import blend_file
+        from megatron_anyexperts.training.data import blend_file, check_mixture
 
         needed = (["val"] if args.eval_iters else []) + ([] if args.skip_train else ["train"])
         check_splits(blend_file(args.data_path), needed)
+        if not args.skip_train:
+            check_mixture(args)
         schedule.check(args)
         settings = RunSettings(args, transformer_config(args))
         settings.foresee(args)

@@ -41,12 +41,20 @@ def make_loader(tokenizer):
     loaders = []
 
     def make(
-        blend: Path, dp_rank=0, dp_size=1, *, endless=True, micro_batch_size=1, quarantine=None, **settings
+        blend: Path,
+        dp_rank=0,
+        dp_size=1,
+        *,
+        endless=True,
+        micro_batch_size=1,
+        quarantine=None,
+        rows_per_step=None,
+        **settings,
     ) -> MicrobatchLoader:
         config = dataclasses.replace(CONFIG, **settings)
         loader = MicrobatchLoader(
             blend, config, SHAPE, tokenizer, 256, micro_batch_size, dp_rank, dp_size, seed=7, endless=endless,
-            quarantine=quarantine,
+            quarantine=quarantine, rows_per_step=rows_per_step,
         )
         loaders.append(loader)
         return loader

@@ -24,7 +24,8 @@ def rows_of_step(loaders: list) -> list[tuple]:
 
 
 def merged(loaders: list) -> dict:
-    return elastic.merge_states([loader.save_state() for loader in loaders], loaders[0].fingerprint, 1)
+    states = [loader.save_state() for loader in loaders]
+    return elastic.merge_states(states, loaders[0].fingerprint, 1, loaders[0].schedule.begun(states[0].rounds))
 
 
 def replay(make_loader, blend: Path, plan: list[tuple[int, int]]) -> list[list[tuple]]:

@@ -1,0 +1,83 @@
+"""Energon's blend with weights that depend on how far its stream is, and the counter that says how far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.energon import WorkerConfig
+from megatron.energon.flavors.base_dataset import SavableDataset, add_sample_restore_key
+from megatron.energon.wrappers import BlendDataset
+from megatron.energon.wrappers.base import BaseWrapperDataset
+
+from megatron_anyexperts.data.mixture_schedule import MixtureSchedule
+
+
+class EmittedMicrobatches(BaseWrapperDataset):
+    """Counts what a stream has emitted; part of the stream's state, so independent of prefetching and layout.
+
+    Args:
+        dataset: yields the microbatches of a stream.
+    """
+
+    _savable_fields = ("emitted",)
+
+    def __init__(self, dataset: SavableDataset, worker_config: WorkerConfig):
+        super().__init__(dataset, worker_config=worker_config)
+        self.reset_state_own()
+
+    def reset_state_own(self) -> None:
+        self.emitted = 0
+
+    def len_worker(self, worker_idx: int | None = None) -> int:
+        return self.dataset.len_worker(worker_idx)
+
+    def __iter__(self) -> Iterator[Any]:
+        for microbatch in self.dataset:
+            self.emitted += 1
+            yield microbatch
+
+    def config(self) -> dict[str, Any]:
+        return self.dataset.config()
+
+
+class ScheduledBlend(BlendDataset):
+    """Draws like `BlendDataset`, each sample with the weights of the microbatch that its stream is preparing.
+
+    A dataset of weight 0 is not read and keeps its place. The datasets must be endless.
+    """
+
+    _schedule: MixtureSchedule
+    _counter: EmittedMicrobatches
+
+    @classmethod
+    def convert(cls, blend: BlendDataset, schedule: MixtureSchedule, counter: EmittedMicrobatches) -> None:
+        """Make one of a blend in place: buffers above it hold references to it besides `datasets`."""
+        blend.__class__ = cls
+        blend._schedule, blend._counter = schedule, counter
+
+    def __iter__(self) -> Iterator[Any]:
+        present = torch.tensor([float(dataset.worker_has_samples()) for dataset in self.datasets])
+        iterators = [iter(dataset) if here else None for dataset, here in zip(self.datasets, present, strict=True)]
+        position, weights = None, present
+        while True:
+            if position != self._counter.emitted:
+                position = self._counter.emitted
+                weights = torch.tensor(self._schedule.weights_at(position), dtype=torch.float32) * present
+                if not weights.any():
+                    stage = self._schedule.describe(self._schedule.stage_at(position))
+                    raise RuntimeError(f"a stream has no sample of the datasets of its mixture stage: {stage}")
+            index = self._worker_rng.choice_idx(probs=weights)
+            yield add_sample_restore_key(next(iterators[index]), index, src=self)
+
+
+def install(dataset: SavableDataset, schedule: MixtureSchedule) -> SavableDataset:
+    """Let the blend below `dataset` follow a schedule; return what stands for `dataset` then.
+
+    A single dataset needs no blend and stays as it is.
+    """
+    counter = EmittedMicrobatches(dataset, dataset.worker_config)
+    if (blend := counter._find_wrapped_dataset(BlendDataset)) is not None:
+        ScheduledBlend.convert(blend, schedule, counter)
+    return counter

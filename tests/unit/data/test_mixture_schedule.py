@@ -1,0 +1,133 @@
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_anyexperts.data.mixture_schedule import (
+    MixtureSchedule,
+    MixtureScheduleError,
+    constant,
+    dataset_name,
+    load_schedule,
+)
+
+NAMES = ("web/text", "web/image_text", "books/text")
+WEIGHTS = (3.0, 1.0, 4.0)
+
+
+@st.composite
+def schedules(draw) -> MixtureSchedule:
+    starts, ramps = [0], [0]
+    for _ in range(draw(st.integers(0, 4))):
+        starts.append(starts[-1] + ramps[-1] + draw(st.integers(1, 20)))
+        ramps.append(draw(st.integers(0, 20)))
+    rows = st.lists(st.floats(0, 1), min_size=3, max_size=3).filter(lambda row: sum(row) > 1e-3)
+    weights = [tuple(value / sum(row) for value in row) for row in (draw(rows) for _ in starts)]
+    return MixtureSchedule(NAMES, tuple(starts), tuple(ramps), tuple(weights))
+
+
+@given(schedules(), st.integers(0, 200))
+def test_weights_are_those_of_the_stage_or_between_two(schedule, rounds):
+    found, stage = schedule.weights_at(rounds), schedule.stage_at(rounds)
+    assert sum(found) == pytest.approx(1)
+    assert schedule.starts[stage] <= rounds
+    assert stage + 1 == len(schedule.starts) or rounds < schedule.starts[stage + 1]
+    before, after = schedule.weights[max(stage - 1, 0)], schedule.weights[stage]
+    if rounds >= schedule.starts[stage] + schedule.ramps[stage]:
+        assert found == after
+    for value, first, second in zip(found, before, after, strict=True):
+        assert min(first, second) - 1e-12 <= value <= max(first, second) + 1e-12
+
+
+@given(schedules())
+def test_a_ramp_is_linear_and_begins_at_the_weights_before(schedule):
+    for stage in range(1, len(schedule.starts)):
+        start, ramp = schedule.starts[stage], schedule.ramps[stage]
+        if ramp:
+            assert schedule.weights_at(start) == pytest.approx(schedule.weights[stage - 1])
+            middle = [sum(pair) / 2 for pair in zip(schedule.weights[stage - 1], schedule.weights[stage], strict=True)]
+            if ramp % 2 == 0:
+                assert schedule.weights_at(start + ramp // 2) == pytest.approx(middle)
+
+
+@given(schedules(), st.integers(0, 100))
+def test_what_has_begun_is_what_was_drawn_from(schedule, rounds):
+    begun = schedule.begun(rounds)
+    used = {schedule.stage_at(position) for position in range(max(rounds, 1))}
+    assert [stage[0] for stage in begun] == [schedule.starts[index] for index in sorted(used)]
+
+
+def load(tmp_path, stages, rows_per_step=16, round_rows=8, **others) -> MixtureSchedule:
+    path = tmp_path / "schedule.yaml"
+    path.write_text(yaml.safe_dump({"stages": stages, **others}))
+    return load_schedule(path, NAMES, WEIGHTS, round_rows, rows_per_step)
+
+
+def test_steps_and_rows_are_turned_into_microbatches_of_a_stream(tmp_path):
+    found = load(
+        tmp_path,
+        [
+            {"at_step": 10, "weights": {"web": 1.0, "books/text": 1.0}},
+            {"at_row": 480, "over": 80, "weights": {"books/text": 2}},
+        ],
+    )
+    assert found.starts == (0, 20, 60) and found.ramps == (0, 0, 10)
+    assert found.weights == ((0.375, 0.125, 0.5), (0.375, 0.125, 0.5), (0.0, 0.0, 1.0))
+
+
+def test_a_stage_at_the_beginning_takes_the_place_of_the_blend(tmp_path):
+    found = load(tmp_path, [{"at_step": 0, "weights": {"web/text": 1}}])
+    assert found == MixtureSchedule(NAMES, (0,), (0,), ((1.0, 0.0, 0.0),))
+    assert constant(NAMES, WEIGHTS).weights == ((0.375, 0.125, 0.5),)
+
+
+ONE = {"web": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([], "stages=.*at least 1"),
+        ([{"weights": ONE}], "either `at_step` or `at_row`"),
+        ([{"at_step": 1, "at_row": 16, "weights": ONE}], "either `at_step` or `at_row`"),
+        ([{"at_step": -1, "weights": ONE}], "stages.0.at_step=-1"),
+        ([{"at_step": 1, "weights": {}}], "stages.0.weights"),
+        ([{"at_step": 1, "weights": {"wbe": 1}}], "'wbe' is no dataset of the blend; it has books/text"),
+        ([{"at_step": 1, "weights": {"web": -1}}], "web=-1.0 is negative"),
+        ([{"at_step": 1, "weights": {"web": 0}}], "add up to 0"),
+        ([{"at_step": 1, "weights": {"web": float("nan")}}], "stages.0.weights.web=nan"),
+        ([{"at_step": 1, "weights": {"web": float("inf")}}], "stages.0.weights.web=inf"),
+        ([{"at_step": 1, "weights": {"web": 1e308, "books/text": 1e308}}], "add up to inf"),
+        ([{"at_step": 1, "wieghts": ONE, "weights": ONE}], "stages.0.wieghts"),
+        ([{"at_row": 9, "weights": ONE}], "at=9 is row 9, no multiple of the 8 rows"),
+        ([{"at_row": 8, "over": 3, "weights": ONE}], "over=3 is row 3"),
+        ([{"at_step": 0, "over": 3, "weights": ONE}], "there is nothing before"),
+        ([{"at_step": 5, "weights": ONE}, {"at_step": 5, "weights": ONE}], "let them follow each other"),
+        ([{"at_step": 5, "over": 3, "weights": ONE}, {"at_step": 7, "weights": ONE}], "is reached 48 rows later"),
+    ],
+)
+def test_what_cannot_be_carried_out_is_named(tmp_path, stages, message):
+    with pytest.raises(MixtureScheduleError, match=message) as refused:
+        load(tmp_path, stages)
+    assert "schedule.yaml" in str(refused.value)
+
+
+def test_steps_of_changing_size_are_no_place(tmp_path):
+    with pytest.raises(MixtureScheduleError, match="use `at_row`"):
+        load(tmp_path, [{"at_step": 1, "weights": ONE}], rows_per_step=None)
+    assert load(tmp_path, [{"at_row": 16, "weights": ONE}], rows_per_step=None).starts == (0, 2)
+
+
+@pytest.mark.parametrize("text", ["[1", "- a", "stages: 3", "3", ""])
+def test_what_is_no_schedule_is_refused(tmp_path, text):
+    path = tmp_path / "schedule.yaml"
+    path.write_text(text)
+    with pytest.raises(MixtureScheduleError, match=str(path)):
+        load_schedule(path, NAMES, WEIGHTS, 8, 16)
+    with pytest.raises(MixtureScheduleError, match="cannot read it"):
+        load_schedule(tmp_path / "none.yaml", NAMES, WEIGHTS, 8, 16)
+
+
+def test_datasets_are_named_by_corpus_and_kind():
+    assert dataset_name({"kind": "text", "corpus": "web"}) == "web/text"
+    assert dataset_name({"kind": "text"}) == "text"
