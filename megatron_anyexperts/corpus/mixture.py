@@ -302,26 +302,32 @@ def warnings(mixture: Mixture, plans: list[StagePlan]) -> list[str]:
     return found
 
 
-def blend(plan: StagePlan, folder: Path) -> dict[str, Any]:
-    """Energon blend of a stage.
+def blend(plans: list[StagePlan], folder: Path) -> dict[str, Any]:
+    """Energon blend of a stage, or of several with weights that hold for all of them together.
 
     Args:
-        plan: of the stage.
+        plans: of the stages.
         folder: where the blend file will lie; paths are relative to it.
 
     Raises:
-        MixtureError: a corpus of the stage is not built yet.
+        MixtureError: a corpus of a stage is not built yet.
     """
+    drawn: Counter[str] = Counter()
+    parts = {}
+    for plan in plans:
+        for use in plan.uses:
+            parts[use.part.name] = use.part
+            drawn[use.part.name] += use.weight * plan.samples
     splits: dict[str, Any] = {"train": {"blend": []}, "val": {"blend": []}}
-    for use in plan.uses:
-        part = use.part
+    for name, part in parts.items():
         if part.folder is None:
-            raise MixtureError(f"stage {plan.name}: {part.name} is not built yet, so there is nothing to blend")
+            stages = ", ".join(plan.name for plan in plans)
+            raise MixtureError(f"stage {stages}: {name} is not built yet, so there is nothing to blend")
         entry = {
             "path": str((part.folder / part.kind).resolve().relative_to(folder.resolve(), walk_up=True)),
             "dataset_config": CRUDE_CONFIG,
-            "weight": use.weight,
-            "subflavors": {"kind": DOCUMENT_KIND.get(part.kind, part.kind), "corpus": part.corpus},
+            "weight": drawn[name] / drawn.total(),
+            "subflavors": {"kind": _document_kind(part), "corpus": part.corpus},
         }
         splits["train"]["blend"].append(entry)
         if part.has_validation:
@@ -329,3 +335,22 @@ def blend(plan: StagePlan, folder: Path) -> dict[str, Any]:
     if not splits["val"]["blend"]:
         del splits["val"]
     return {"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": splits}
+
+
+def schedule(plans: list[StagePlan], training: Training) -> dict[str, Any]:
+    """Content of a mixture schedule (see `data.mixture_schedule`) that runs the stages one after the other.
+
+    Args:
+        plans: of the stages, in order.
+        training: of the mixture.
+    """
+    stages, row = [], 0
+    for plan in plans:
+        weights = {f"{use.part.corpus}/{_document_kind(use.part)}": use.weight for use in plan.uses}
+        stages.append({"at_row": row, "weights": weights})
+        row += plan.steps * training.global_batch
+    return {"stages": stages}
+
+
+def _document_kind(part: Part) -> str:
+    return DOCUMENT_KIND.get(part.kind, part.kind)

@@ -14,6 +14,7 @@ from megatron_anyexperts.corpus.mixture import (
     corpus_parts,
     load_mixture,
     plan_stage,
+    schedule,
     warnings,
 )
 from tests.corpus.raw import write
@@ -85,7 +86,7 @@ def test_trillions_of_tokens_are_planned_with_warnings_about_repetition_and_few_
     assert any("pics/image has 20 shards for 64 data-parallel ranks" in text for text in found)
     assert len(found) == 3
     with pytest.raises(MixtureError, match="web/text is not built yet"):
-        blend(plans[0], tmp_path)
+        blend(plans[:1], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ training: {global_batch: 1, sequence_length: 100, step_seconds: 1}
 """
     mixture = load_mixture(write(tmp_path / "m.yaml", text))
     plan = plan_stage(mixture.stages[0], corpus_parts(mixture, tmp_path), mixture.training)
-    path = write(tmp_path / "blends/s.yaml", yaml.safe_dump(blend(plan, tmp_path / "blends")))
+    path = write(tmp_path / "blends/s.yaml", yaml.safe_dump(blend([plan], tmp_path / "blends")))
 
     @stateless
     def cook(sample):
@@ -168,3 +169,18 @@ training: {global_batch: 1, sequence_length: 100, step_seconds: 1}
     [weight] = [use.weight for use in plan.uses if use.part.corpus == "a"]
     assert weight < 0.35
     assert drawn.count("a") / 600 == pytest.approx(weight, abs=0.07)
+
+
+def test_one_run_goes_through_all_stages(tmp_path):
+    from megatron_anyexperts.data.mixture_schedule import load_schedule
+
+    mixture = load_mixture(write(tmp_path / "m.yaml", MIXTURE))
+    plans = [plan_stage(stage, corpus_parts(mixture, tmp_path), mixture.training) for stage in mixture.stages]
+    path = write(tmp_path / "schedule.yaml", yaml.safe_dump(schedule(plans, mixture.training)))
+    names = sorted({name for stage in yaml.safe_load(path.read_text())["stages"] for name in stage["weights"]})
+    found = load_schedule(path, names, [1.0] * len(names), 64, None)
+    assert len(found.starts) == len(plans) > 1
+    for index, plan in enumerate(plans):
+        before = sum(earlier.steps for earlier in plans[:index])
+        assert found.starts[index] == before * mixture.training.global_batch // 64
+        assert sorted(found.weights[index])[-len(plan.uses) :] == pytest.approx(sorted(use.weight for use in plan.uses))

@@ -66,6 +66,13 @@ def test_nothing_held_out(corpus, tmp_path):
     assert "no val split" in text and "--eval-iters 0" in text and "validation_fraction" in text
 
 
+def test_a_mixture_schedule_that_does_not_fit(corpus, tmp_path):
+    path = tmp_path / "schedule.yaml"
+    path.write_text("stages: [{at_step: 2, weights: {txet: 1.0}}]")
+    text = message(pretrain(corpus, tmp_path / "run", "--data-mixture-schedule", str(path), succeed=False))
+    assert "'txet' is no dataset of the blend; it has audio_text, image_text, text" in text
+
+
 def test_missing_data(corpus, tmp_path):
     text = message(pretrain(tmp_path / "nowhere", tmp_path / "run", succeed=False))
     assert "nowhere" in text and "build_shards" in text
