@@ -18,6 +18,7 @@ class RoutingDecision:
         slots_T: int64; real and virtual slots of the token; 0 for padding and for tokens that are not finite.
         fallback_gates_TE: gates that eligible real experts without a slot would get, 0 elsewhere; differentiable.
             None when the dispatch cap is off.
+        eligible_TE: bool; real experts that a slot may move to, whatever its gate there. None when the cap is off.
         nonfinite_T: bool; tokens whose logits or importance are NaN or Inf. None: all are known to be finite.
     """
 
@@ -27,4 +28,5 @@ class RoutingDecision:
     importance_T: Tensor
     slots_T: Tensor
     fallback_gates_TE: Tensor | None
+    eligible_TE: Tensor | None = None
     nonfinite_T: Tensor | None = None

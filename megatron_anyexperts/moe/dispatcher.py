@@ -5,7 +5,8 @@ experts, `P` expert-parallel ranks, `X` expert-tensor-parallel ranks, `S = P * X
 exchange.
 
 1. Counts: every source gathers every source's slots per expert (the one exchange the stock dispatcher makes too).
-2. Cap (only with `anyexperts_dispatch_eps`): plan quotas, reroute, fall back to virtual; one more exchange of counts.
+2. Cap (only with `anyexperts_dispatch_eps`): plan quotas, reroute, fall back to virtual; one more exchange of counts,
+   and one for each time that room nobody used is shared anew.
 3. Permute: `[T, H]` -> slots sorted by expert.
 4. All-to-all over the expert-parallel group, then over the expert-tensor group where X > 1.
 5. Sort the received chunks by local expert -> `[N, H]`.
@@ -28,8 +29,8 @@ from megatron.core.transformer.moe.moe_utils import (
 from torch import Tensor
 
 from megatron_anyexperts.moe.decision import RoutingDecision
-from megatron_anyexperts.moe.quotas import plan_dispatch, slot_cap
-from megatron_anyexperts.moe.reroute import fit_to_plan
+from megatron_anyexperts.moe.quotas import DispatchPlan, plan_dispatch, share_wanted, slot_cap
+from megatron_anyexperts.moe.reroute import FittedSlots, fit_to_plan, place, wanted, with_gates
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,9 @@ class SlotDispatcher:
         if self.eps is not None:
             cap = slot_cap(demanded_P.sum(), self.ep_size, self.eps)
             plan = plan_dispatch(self._per_rank(counts_SE), cap)
-            fitted = fit_to_plan(
-                decision, plan.quota_SP[self.source], plan.room_SP[self.source], self.config.anyexperts_k_max
-            )
+            fitted, counts_SE, rerouted = self._fit(decision, plan)
             gates_TE, map_TE, displaced_gate_T = fitted.gates_TE, fitted.routing_map_TE, fitted.displaced_gate_T
-            gathered = self._gather(torch.cat([map_TE.sum(0), fitted.rerouted[None], fitted.displaced[None]]))
-            counts_SE, (rerouted, displaced) = gathered[:, :-2], gathered[:, -2:].sum(0)
+            displaced = demanded_P.sum() - counts_SE.sum()
         received_E = counts_SE.sum(0)
         load = LoadReport(demanded_P, received_E.view(self.ep_size, -1).sum(1), received_E, rerouted, displaced, cap)
         if self.align:
@@ -177,6 +175,23 @@ class SlotDispatcher:
         if self.num_local_experts > 1:
             slots, probs = sort_chunks_by_idxs(slots, chunk_sizes, self._by_expert, probs=probs, fused=fused)
         return Dispatched(slots, chunks_XPL.sum((0, 1)), probs, displaced_gate_T, load, route)
+
+    def _fit(self, decision: RoutingDecision, plan: DispatchPlan) -> tuple[FittedSlots, Tensor, Tensor]:
+        """This source's slots under the plan, the slots of every source per expert, and how many were rerouted.
+
+        A source may lack room that others leave unused: what is left is shared anew among those that can use it, until
+        nobody can. Each turn fills at least one place; mostly there is none to take.
+        """
+        k_max, ranks = self.config.anyexperts_k_max, self.ep_size
+        fitted_TE = fit_to_plan(decision, plan.quota_SP[self.source], plan.room_SP[self.source], k_max)
+        while True:
+            rerouted = (fitted_TE & ~decision.routing_map_TE).sum()
+            told = torch.cat((fitted_TE.sum(0), wanted(decision, fitted_TE, ranks), rerouted[None]))
+            counts_SE, wanted_SP, rerouted_S1 = self._gather(told).split((len(told) - ranks - 1, ranks, 1), dim=1)
+            room_SP = share_wanted(wanted_SP, plan.cap - self._per_rank(counts_SE).sum(0))
+            if not room_SP.any():
+                return with_gates(decision, fitted_TE, k_max), counts_SE, rerouted_S1.sum()
+            fitted_TE = place(decision, fitted_TE, room_SP[self.source], k_max)
 
     def combine(self, expert_output_NH: Tensor, dispatched: Dispatched) -> Tensor:
         """Bring expert outputs back and sum the slots of each token.

@@ -91,6 +91,20 @@ def plan_dispatch(demand_SP: Tensor, cap: Tensor | int) -> DispatchPlan:
     return DispatchPlan(cap, quota_SP, _share_room(given_up_S, (cap - load_P).clamp_min(0)))
 
 
+def share_wanted(wanted_SP: Tensor, left_P: Tensor) -> Tensor:
+    """Room left after the plan, for those who can use it: in proportion to their wishes and never more than these.
+
+    Args:
+        wanted_SP: int64 [S, P], places each source could still fill on each rank.
+        left_P: int64, places left on each rank.
+
+    Returns:
+        int64 [S, P]; column sums are exactly ``min(left_P, wanted_SP.sum(0))``.
+    """
+    seats_P = torch.minimum(wanted_SP.sum(0), left_P)
+    return _largest_remainder(wanted_SP, seats_P, torch.arange(len(left_P), device=left_P.device))
+
+
 def _largest_remainder(demand_SP: Tensor, seats_P: Tensor, rank_P: Tensor) -> Tensor:
     """Columns `rank_P` of the demand, scaled down proportionally to the sums `seats_P[rank_P]`."""
     # One contiguous row per rank, and few temporaries: sorting columns, or a fresh page for every step, would
@@ -107,7 +121,7 @@ def _largest_remainder(demand_SP: Tensor, seats_P: Tensor, rank_P: Tensor) -> Te
     source_S = torch.arange(sources, device=demand_SP.device)
     width = max(sources, seats_P.shape[0]).bit_length()
     key_PS = remainder_PS.mul_(1 << width).add_(source_S ^ rank_P[:, None])
-    threshold_P1 = _sort_rows(key_PS).gather(1, (sources - left_P1).clamp_max(sources - 1))
+    threshold_P1 = sort_rows(key_PS).gather(1, (sources - left_P1).clamp_max(sources - 1))
     return floor_PS.add_((key_PS >= threshold_P1) & (left_P1 > 0)).T.long()
 
 
@@ -125,7 +139,8 @@ def _share_room(given_up_S: Tensor, room_P: Tensor) -> Tensor:
     return (marks_SP[1:] - marks_SP[:-1]).long()
 
 
-def _sort_rows(key: Tensor) -> Tensor:
+def sort_rows(key: Tensor) -> Tensor:
+    """Rows of `key` [N, M] in ascending order."""
     # numpy's vectorised sort takes a tenth of torch's time on a CPU.
     if key.device.type == "cpu":
         return torch.from_numpy(np.sort(key.numpy(), axis=1))

@@ -1,19 +1,30 @@
 """Fit one source's slots to its share of the dispatch plan: keep, reroute, or make virtual.
 
-A pure function of local tensors, with shapes that do not depend on the data: no synchronisation on a GPU.
-Shapes: `T` local tokens, `E` experts, `P` expert ranks, `K` most slots of a token, `F` fallback candidates of a token.
+The task is that of an assignment: every token has slots to place, every rank takes so many, and as little importance x
+gate as possible is to be lost. Each rank gets a *price*, what its last place is worth to the first entry it turns away
+(the dual variable of that linear program); a slot's *margin* is what its token would lose with the next best choice, at
+these prices. Slots of the smallest margin move.
+
+Shapes: `T` local tokens, `E` experts, `P` expert ranks, `L = E / P` experts of a rank, `C` candidates of a token, `N`
+tokens that still have slots to place.
 """
 
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
 
+from megatron_anyexperts.moe.admission import admit, best
 from megatron_anyexperts.moe.decision import RoutingDecision
+from megatron_anyexperts.moe.quotas import DispatchPlan, share_wanted, sort_rows
 
-# Each round every token still owed slots proposes to its best open candidates. A rank that turns one away is full,
-# so a further round only matters while several ranks fill up one after the other.
-_ROUNDS = 4
+# Independent tokens need two, tokens that all want the same experts sixteen; more gain little.
+_PRICE_ROUNDS = 16
+# Below any value times any price, and far enough from the end of float32 for differences.
+_NONE = -1e9
+# Rounds that a GPU runs without asking the host whether slots are left.
+_UNASKED_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -35,17 +46,19 @@ class FittedSlots:
     displaced: Tensor
 
 
-def fit_to_plan(decision: RoutingDecision, quota_P: Tensor, room_P: Tensor, k_max: int) -> FittedSlots:
-    """Give up what is over quota, lowest priority first; reroute it where there is room, else make it virtual.
+@torch.no_grad()
+def fit_to_plan(decision: RoutingDecision, quota_P: Tensor, room_P: Tensor, k_max: int) -> Tensor:
+    """The slots to send, bool [T, E]: what is over quota goes where there is room, as long as there is any.
 
-    The priority of a slot is importance x gate. A token that gives up `m` slots proposes its `m` best fallback experts
-    on ranks with room; the proposals of all tokens compete by the same priority. Where fewer than `m` are
-    accepted, the token's given-up slots with the smallest gates become virtual.
+    Slots on ranks within quota stay. On a rank over quota those of the largest margin stay, exactly `quota_P`. Each of
+    the others goes to the token's best eligible expert on a rank with room; where slots compete, the largest margin
+    wins, and who lost tries again among all experts. A slot finds no place only when no rank with an eligible expert
+    has room.
 
     Args:
-        decision: routing of the local tokens; `fallback_gates_TE` must be there, 0 where an expert is not eligible.
+        decision: routing of the local tokens; `fallback_gates_TE` and `eligible_TE` must be there.
         quota_P: int64, slots this source may send to each rank out of its own choice.
-        room_P: int64, slots it may reroute to each rank.
+        room_P: int64, slots it may reroute to each rank; 0 where it is over quota.
         k_max: most real slots of a token.
 
     Raises:
@@ -56,76 +69,163 @@ def fit_to_plan(decision: RoutingDecision, quota_P: Tensor, room_P: Tensor, k_ma
             "the dispatch cap needs fallback_gates_TE to reroute slots, but the routing decision has none; let the "
             "router compute them whenever anyexperts_dispatch_eps is finite"
         )
-    with torch.no_grad():
-        ranks = quota_P.shape[0]
-        experts_per_rank = decision.gates_TE.shape[1] // ranks
-        gate_TE = decision.gates_TE.masked_fill(~decision.routing_map_TE, -1)
-        gate_TK, expert_TK = gate_TE.topk(min(k_max, gate_TE.shape[1]), dim=1)
-        slot_TK = decision.routing_map_TE.gather(1, expert_TK)
-        keep_TK = _best_per_rank(
-            decision.importance_T[:, None] * gate_TK, slot_TK, expert_TK // experts_per_rank, quota_P
-        )
-        given_up_TK = slot_TK & ~keep_TK
-        owed_T = given_up_TK.sum(1)
+    map_TE = decision.routing_map_TE
+    experts, ranks = map_TE.shape[1], quota_P.shape[0]
+    local = experts // ranks
+    over_P = map_TE.sum(0).view(ranks, local).sum(1) > quota_P
+    contested_TE = map_TE & over_P.repeat_interleave(local)
+    rows = _rows(contested_TE.any(1))
+    value_NE, contested_NE = _value(decision, rows), contested_TE[rows]
+    open_NE = decision.eligible_TE[rows] & ~map_TE[rows] & (room_P > 0).repeat_interleave(local)
+    own_NK, own_expert_NK = _best(value_NE.masked_fill(~contested_NE, _NONE), k_max)
+    other_NF, other_expert_NF = _best(value_NE.masked_fill(~open_NE, _NONE), 2 * k_max)
+    value_NC, rank_NC = torch.cat((own_NK, other_NF), 1), torch.cat((own_expert_NK, other_expert_NF), 1) // local
+    owed_N = contested_NE.sum(1)
+    price_P = _prices(value_NC, rank_NC, owed_N, torch.where(over_P, quota_P, room_P))
 
-        open_TE = ~decision.routing_map_TE & (room_P > 0).repeat_interleave(experts_per_rank)
-        offer_TE = decision.fallback_gates_TE.masked_fill(~open_TE, 0)
-        offer_TF, candidate_TF = offer_TE.topk(min(2 * k_max, offer_TE.shape[1]), dim=1)
-        accept_TF = _match(
-            decision.importance_T[:, None] * offer_TF,
-            offer_TF > 0,
-            candidate_TF // experts_per_rank,
-            owed_T,
-            room_P,
-        )
-        accepted_T = accept_TF.sum(1)
-        # Slots lie in descending order of their gates: the first `accepted_T` given-up ones found another expert.
-        virtual_TK = given_up_TK & (given_up_TK.cumsum(1) > accepted_T[:, None])
-        none_TE = torch.zeros_like(decision.routing_map_TE)
-        kept_TE = none_TE.scatter(1, expert_TK, keep_TK)
-        rerouted_TE = none_TE.scatter(1, candidate_TF, accept_TF)
-        displaced_TE = none_TE.scatter(1, expert_TK, virtual_TK)
+    margin_NC = _margins(value_NC - price_P[rank_NC], owed_N)
+    width = own_NK.shape[1]
+    keep_NK = admit(margin_NC[:, :width], own_NK > _NONE, rank_NC[:, :width], quota_P)
+    kept_NE = torch.zeros_like(value_NE).scatter_add_(1, own_expert_NK, keep_NK.to(value_NE.dtype)) > 0
+    fitted_TE = map_TE.clone()
+    fitted_TE[rows] &= ~contested_NE | kept_NE
+    return place(decision, fitted_TE, room_P, k_max, price_P)
+
+
+@torch.no_grad()
+def place(
+    decision: RoutingDecision, fitted_TE: Tensor, room_P: Tensor, k_max: int, price_P: Tensor | None = None
+) -> Tensor:
+    """Give tokens with fewer slots than they were routed further ones, until no rank with room is open to any of them.
+
+    Args:
+        decision: routing of the local tokens.
+        fitted_TE: bool, the slots they have.
+        room_P: int64, slots that may be added on each rank.
+        k_max: most real slots of a token.
+        price_P: fp32, what places are worth; None: all the same.
+
+    Returns:
+        bool [T, E], `fitted_TE` and the slots added.
+    """
+    fitted_TE, ranks = fitted_TE.clone(), room_P.shape[0]
+    local = fitted_TE.shape[1] // ranks
+    rank_E = torch.arange(ranks, device=room_P.device).repeat_interleave(local)
+    for turn in count():
+        missing_T = decision.routing_map_TE.sum(1) - fitted_TE.sum(1)
+        rows = _rows(missing_T > 0, asking=turn >= _UNASKED_ROUNDS)
+        if not len(rows):
+            return fitted_TE
+        open_NE = _open(decision, fitted_TE, room_P, rows)
+        if turn >= _UNASKED_ROUNDS and not open_NE.any():
+            return fitted_TE
+        net_NE = _value(decision, rows)
+        if price_P is not None:
+            net_NE = net_NE - price_P.repeat_interleave(local)
+        net_NC, expert_NC = _best(net_NE.masked_fill(~open_NE, _NONE), k_max + 1)
+        column_C = torch.arange(net_NC.shape[1], device=net_NC.device)
+        proposed_NC = (column_C < missing_T[rows].unsqueeze(1)) & open_NE.gather(1, expert_NC)
+        won_NC = admit(_margins(net_NC, missing_T[rows]), proposed_NC, rank_E[expert_NC], room_P)
+        won_NE = torch.zeros_like(open_NE).scatter_(1, expert_NC, won_NC)
+        fitted_TE[rows] |= won_NE
+        room_P = room_P - won_NE.sum(0).view(ranks, local).sum(1)
+
+
+@torch.no_grad()
+def wanted(decision: RoutingDecision, fitted_TE: Tensor, ranks: int) -> Tensor:
+    """int64 [P], places that the local tokens could still fill on each rank, were there room."""
+    rows = _rows(fitted_TE.sum(1) < decision.routing_map_TE.sum(1))
+    everywhere_P = torch.ones(ranks, dtype=torch.int64, device=fitted_TE.device)
+    missing_N1 = (decision.routing_map_TE[rows].sum(1) - fitted_TE[rows].sum(1)).unsqueeze(1)
+    open_NPL = _open(decision, fitted_TE, everywhere_P, rows).view(len(rows), ranks, fitted_TE.shape[1] // ranks)
+    return torch.minimum(open_NPL.sum(2), missing_N1).sum(0)
+
+
+def fit_sources(decisions: list[RoutingDecision], plan: DispatchPlan, k_max: int) -> list[FittedSlots]:
+    """What `SlotDispatcher` makes of the decisions of all sources, in one process: for tests and benchmarks."""
+    ranks = plan.quota_SP.shape[1]
+    fitted = [fit_to_plan(d, plan.quota_SP[i], plan.room_SP[i], k_max) for i, d in enumerate(decisions)]
+    while True:
+        received_P = sum(map_TE.sum(0) for map_TE in fitted).view(ranks, -1).sum(1)
+        wanted_SP = torch.stack([wanted(d, map_TE, ranks) for d, map_TE in zip(decisions, fitted, strict=True)])
+        room_SP = share_wanted(wanted_SP, plan.cap - received_P)
+        if not room_SP.any():
+            return [with_gates(d, map_TE, k_max) for d, map_TE in zip(decisions, fitted, strict=True)]
+        fitted = [place(d, m, room_P, k_max) for d, m, room_P in zip(decisions, fitted, room_SP, strict=True)]
+
+
+def with_gates(decision: RoutingDecision, fitted_TE: Tensor, k_max: int) -> FittedSlots:
+    """Gates of the slots to send; where a token has fewer than it was routed, its smallest lost gates are virtual."""
+    with torch.no_grad():
+        kept_TE = fitted_TE & decision.routing_map_TE
+        rerouted_TE = fitted_TE & ~decision.routing_map_TE
+        missing_T = decision.routing_map_TE.sum(1) - fitted_TE.sum(1)
+        rows = _rows(missing_T > 0)
+        lost_NE = decision.gates_TE[rows].masked_fill(fitted_TE[rows] | ~decision.routing_map_TE[rows], torch.inf)
+        index_NK = best(-lost_NE, min(k_max, lost_NE.shape[1]))
+        column_K = torch.arange(index_NK.shape[1], device=rows.device)
+        virtual_NK = column_K < missing_T[rows].unsqueeze(1)
+    lost_N = (decision.gates_TE[rows].gather(1, index_NK) * virtual_NK).sum(1)
     return FittedSlots(
         gates_TE=torch.where(rerouted_TE, decision.fallback_gates_TE, decision.gates_TE * kept_TE),
-        routing_map_TE=kept_TE | rerouted_TE,
-        displaced_gate_T=(decision.gates_TE * displaced_TE).sum(1),
-        rerouted=accepted_T.sum(),
-        displaced=virtual_TK.sum(),
+        routing_map_TE=fitted_TE,
+        displaced_gate_T=torch.zeros_like(decision.gates_TE[:, 0]).index_add(0, rows, lost_N),
+        rerouted=rerouted_TE.sum(),
+        displaced=missing_T.sum(),
     )
 
 
-def _by_rank_and_priority(priority: Tensor, valid: Tensor, rank: Tensor, ranks: int) -> Tensor:
-    """Permutation of the flat entries: by rank, then by descending priority; invalid entries last, ties by position."""
-    # The bits of a non-negative float32 order as the number does, so one integer sort does both keys.
-    bits = priority.float().clamp_min(0).contiguous().view(torch.int32).long()
-    return ((torch.where(valid, rank, ranks) << 32) - bits).flatten().sort(stable=True).indices
+def _rows(flag_T: Tensor, asking: bool = False) -> Tensor:
+    # On a GPU, picking rows would wait for the device: all of them are worked on instead.
+    if asking or flag_T.device.type == "cpu":
+        return flag_T.nonzero().flatten()
+    return torch.arange(len(flag_T), device=flag_T.device)
 
 
-def _within(limit_P: Tensor, flag: Tensor, rank: Tensor) -> Tensor:
-    """The first `limit_P` flagged entries of each rank; flat entries, the flagged ones sorted by rank."""
-    count_P = torch.zeros_like(limit_P).scatter_add_(0, rank, flag.long())
-    position = flag.cumsum(0) - 1 - (count_P.cumsum(0) - count_P)[rank]
-    return flag & (position < limit_P[rank])
+def _best(value_NE: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    column_NK = best(value_NE, min(count, value_NE.shape[1]))
+    return value_NE.gather(1, column_NK), column_NK
 
 
-def _best_per_rank(priority_TK: Tensor, valid_TK: Tensor, rank_TK: Tensor, limit_P: Tensor) -> Tensor:
-    """bool [T, K]: the `limit_P` valid entries of highest priority of each rank."""
-    order = _by_rank_and_priority(priority_TK, valid_TK, rank_TK, limit_P.shape[0])
-    best = _within(limit_P, valid_TK.flatten()[order], rank_TK.flatten()[order])
-    return torch.empty_like(best).scatter_(0, order, best).view_as(valid_TK)
+def _value(decision: RoutingDecision, rows: Tensor) -> Tensor:
+    """fp32 [N, E], importance x gate of the slots a token has or could have."""
+    gates_NE = torch.where(decision.routing_map_TE[rows], decision.gates_TE[rows], decision.fallback_gates_TE[rows])
+    return decision.importance_T[rows].unsqueeze(1) * gates_NE.float()
 
 
-def _match(priority_TF: Tensor, open_TF: Tensor, rank_TF: Tensor, owed_T: Tensor, room_P: Tensor) -> Tensor:
-    """bool [T, F]: candidates that get a slot; at most `owed_T` per token and `room_P` per rank."""
-    order = _by_rank_and_priority(priority_TF, open_TF, rank_TF, room_P.shape[0])
-    rank = rank_TF.flatten()[order]
-    accepted_TF = torch.zeros_like(open_TF)
-    for _ in range(_ROUNDS):
-        missing_T = owed_T - accepted_TF.sum(1)
-        proposed_TF = open_TF & (open_TF.cumsum(1) <= missing_T[:, None])
-        won = _within(room_P, proposed_TF.flatten()[order], rank)
-        won_TF = torch.empty_like(won).scatter_(0, order, won).view_as(open_TF)
-        accepted_TF = accepted_TF | won_TF
-        room_P = room_P - torch.zeros_like(room_P).scatter_add_(0, rank, won.long())
-        open_TF = open_TF & ~won_TF & (room_P > 0)[rank_TF]
-    return accepted_TF
+def _open(decision: RoutingDecision, fitted_TE: Tensor, room_P: Tensor, rows: Tensor) -> Tensor:
+    """bool [N, E], eligible experts without a slot of the token, on ranks with room."""
+    room_E = (room_P > 0).repeat_interleave(fitted_TE.shape[1] // len(room_P))
+    return decision.eligible_TE[rows] & ~decision.routing_map_TE[rows] & ~fitted_TE[rows] & room_E
+
+
+def _margins(net_NC: Tensor, owed_N: Tensor) -> Tensor:
+    """What a token loses without a candidate among its best `owed_N`; below 0, what others lack to be among them."""
+    sorted_NC = -sort_rows(-net_NC)
+    last_N1 = sorted_NC.gather(1, (owed_N - 1).clamp_min(0).unsqueeze(1))
+    next_N1 = sorted_NC.gather(1, owed_N.clamp_max(net_NC.shape[1] - 1).unsqueeze(1)).clamp_min(0)
+    return net_NC - torch.where(net_NC >= last_N1, next_N1, last_N1)
+
+
+def _prices(value_NC: Tensor, rank_NC: Tensor, owed_N: Tensor, limit_P: Tensor) -> Tensor:
+    """fp32 [P], prices at which about `limit_P` candidates of each rank are among the best `owed_N` of their tokens.
+
+    Rprop (Riedmiller and Braun, 1993) on the dual: a price follows the sign of its rank's excess; its step grows while
+    the sign stays and shrinks when it turns. Needs counts only: no order among the candidates of a rank.
+    """
+    valid_NC = (value_NC > _NONE) & (owed_N > 0).unsqueeze(1)
+    price_P = sign_P = torch.zeros(limit_P.shape, device=value_NC.device)
+    if not value_NC.numel():
+        return price_P
+    step_P = price_P + 0.05 * value_NC.max()
+    for _ in range(_PRICE_ROUNDS):
+        net_NC = value_NC - price_P[rank_NC]
+        last_N1 = sort_rows(-net_NC).gather(1, (owed_N - 1).clamp_min(0).unsqueeze(1)).neg()
+        chosen_NC = valid_NC & (net_NC >= last_N1)
+        load_P = torch.zeros_like(limit_P).scatter_add_(0, rank_NC.flatten(), chosen_NC.flatten().long())
+        excess_P = (load_P - limit_P).masked_fill((price_P == 0) & (load_P < limit_P), 0)
+        before_P, sign_P = sign_P, excess_P.sign().float()
+        turned_P = sign_P * before_P
+        step_P = torch.where(turned_P > 0, 1.5 * step_P, torch.where(turned_P < 0, 0.4 * step_P, step_P))
+        price_P = (price_P + sign_P * step_P).clamp_min(0)
+    return price_P

@@ -120,12 +120,14 @@ class AnyExpertsRouter(KeepsPrecision, RouterLosses):
         gates_TE, map_TE = self.routing(logits, outside_SB)
         gates_TE, map_TE = gates_TE.masked_fill(~valid_T.unsqueeze(1), 0), map_TE & valid_T.unsqueeze(1)
         slots_T = self.topk * valid_T.long()
-        fallback_TE = None
+        fallback_TE = eligible_TE = None
         if self.needs_fallback:
             scores = Scores.of(logits.view(-1, self.num_experts), self.config)
-            fallback_TE = scores.fallback(gates_TE, map_TE, self.expert_bias)
+            fallback_TE, eligible_TE = scores.fallback(gates_TE, map_TE, self.expert_bias)
         gates_TE = self.attach_importance_losses(gates_TE, importance_T, None, slots_T)
-        return RoutingDecision(gates_TE, map_TE, None, importance_T.detach(), slots_T, fallback_TE, broken_T)
+        return RoutingDecision(
+            gates_TE, map_TE, None, importance_T.detach(), slots_T, fallback_TE, eligible_TE, broken_T
+        )
 
     def decide(self, logits: Tensor, padding_mask: Tensor | None, importance_T: Tensor) -> RoutingDecision:
         """Turn logits [S, B, E + V] and importance [T] into slots and gates: stages 2 to 5 of the class docstring."""
@@ -155,9 +157,9 @@ class AnyExpertsRouter(KeepsPrecision, RouterLosses):
         used_TK = used_TC[:, :width]
         map_TE = torch.zeros_like(gates_TE, dtype=torch.bool).scatter_(1, real.columns, used_TK)
         virtual_gate_T = None if virtual is None else gates_TC[:, width:].sum(1)
-        fallback_TE = None
+        fallback_TE = eligible_TE = None
         if self.needs_fallback:
-            fallback_TE = scores.fallback(gates_TE, map_TE, self.expert_bias, values_TC, weight_TC)
+            fallback_TE, eligible_TE = scores.fallback(gates_TE, map_TE, self.expert_bias, values_TC, weight_TC)
 
         if self.training and torch.is_grad_enabled():
             gates_TE = self.attach_balance_losses(gates_TE, scores, map_TE, seq_length, batch)
@@ -165,7 +167,9 @@ class AnyExpertsRouter(KeepsPrecision, RouterLosses):
             self._apply_expert_bias(map_TE)
         if self.control.calibrating or self._counts:
             self.control.count(soft_T, slots_T, used_TK, valid_T)
-        return RoutingDecision(gates_TE, map_TE, virtual_gate_T, importance_T.detach(), slots_T, fallback_TE, broken_T)
+        return RoutingDecision(
+            gates_TE, map_TE, virtual_gate_T, importance_T.detach(), slots_T, fallback_TE, eligible_TE, broken_T
+        )
 
     def _slots(self, importance_T: Tensor, valid_T: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config

@@ -116,8 +116,11 @@ class Scores:
         expert_bias: Tensor | None,
         values_TC: Tensor | None = None,
         weight_TC: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Return the gates of eligible real columns that have no slot, under the normaliser of those that have one.
+
+        A column is eligible when its group is, also where its gate is 0 (a score of 0, a logit of -inf); the second
+        tensor, bool [T, E], says which are.
 
         Args:
             gates_TE: gates in use.
@@ -140,27 +143,38 @@ class Scores:
             gates = scores_TE / (used_TC.sum(dim=1, keepdim=True) + 1e-20)
         if self.config.moe_router_topk_scaling_factor:
             gates = gates * self.config.moe_router_topk_scaling_factor
-        ineligible_TE = map_TE | self._eligible(expert_bias).isneginf()
-        return gates.type_as(gates_TE).masked_fill(ineligible_TE, 0)
+        outside_TG = self._outside_groups(expert_bias)
+        eligible_TE = torch.ones_like(map_TE)
+        if outside_TG is not None:
+            eligible_TE = ~outside_TG.repeat_interleave(map_TE.shape[1] // outside_TG.shape[1], dim=1)
+        return gates.type_as(gates_TE).masked_fill(map_TE | ~eligible_TE, 0), eligible_TE
 
     def _real(self, values_TC: Tensor) -> Tensor:
         return values_TC[:, : self.config.num_moe_experts]
 
     def _eligible(self, expert_bias: Tensor | None) -> Tensor:
         """Return what real columns are ranked by: biased scores, -inf outside the best groups (DeepSeek-V3)."""
-        config = self.config
-        scores_TE = self._real(self.scores_TC)
-        if expert_bias is not None and not self._softmax:
-            scores_TE = scores_TE + expert_bias.float()
-        if not config.moe_router_group_topk:
+        scores_TE, outside_TG = self._biased(expert_bias), self._outside_groups(expert_bias)
+        if outside_TG is None:
             return scores_TE
-        by_group_TGM = scores_TE.unflatten(1, (config.moe_router_num_groups, -1))
+        by_group_TGM = scores_TE.unflatten(1, (self.config.moe_router_num_groups, -1))
+        return by_group_TGM.masked_fill(outside_TG.unsqueeze(2), float("-inf")).flatten(1)
+
+    def _biased(self, expert_bias: Tensor | None) -> Tensor:
+        scores_TE = self._real(self.scores_TC)
+        return scores_TE if expert_bias is None or self._softmax else scores_TE + expert_bias.float()
+
+    def _outside_groups(self, expert_bias: Tensor | None) -> Tensor | None:
+        """Return which groups of a token are not among its best, bool [T, G]; None without groups."""
+        config = self.config
+        if not config.moe_router_group_topk:
+            return None
+        by_group_TGM = self._biased(expert_bias).unflatten(1, (config.moe_router_num_groups, -1))
         # The group score keeps the recipe's top-k, so that the slot range does not change which groups win.
         per_group = config.moe_router_topk // config.moe_router_group_topk
         group_score_TG = by_group_TGM.detach().topk(per_group, dim=-1).values.sum(-1)
         best = group_score_TG.topk(config.moe_router_group_topk, dim=-1, sorted=False).indices
-        outside_TG = torch.ones_like(group_score_TG, dtype=torch.bool).scatter_(1, best, False)
-        return by_group_TGM.masked_fill(outside_TG.unsqueeze(2), float("-inf")).flatten(1)
+        return torch.ones_like(group_score_TG, dtype=torch.bool).scatter_(1, best, False)
 
 
 def _pointwise(logits: Tensor, config: AnyExpertsConfig) -> Tensor:

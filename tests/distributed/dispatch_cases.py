@@ -63,6 +63,7 @@ def make_case(
         importance_T=torch.rand(tokens, generator=generator),
         slots_T=slots,
         fallback_gates_TE=score * ~routed,
+        eligible_TE=torch.ones_like(routed),
     )
     return Case(hidden, logits, decision)
 

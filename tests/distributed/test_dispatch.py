@@ -6,7 +6,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_anyexperts.moe.quotas import plan_dispatch, slot_cap
-from megatron_anyexperts.moe.reroute import fit_to_plan
+from megatron_anyexperts.moe.reroute import fit_sources
 from tests.distributed.dispatch_cases import config, dense, expert_weights, make_case, make_dispatcher, run_experts
 from tests.multirank import run_ranks
 
@@ -41,7 +41,7 @@ def _check_step(rank: int, dispatcher, eps: float | None, tokens: list[int], ske
     fitted = [case.decision for case in cases]
     if eps is not None:
         plan = plan_dispatch(demand_SP, slot_cap(demand.sum(), dispatcher.ep_size, eps))
-        fitted = [fit_to_plan(c.decision, plan.quota_SP[i], plan.room_SP[i], K_MAX) for i, c in enumerate(cases)]
+        fitted = fit_sources([case.decision for case in cases], plan, K_MAX)
     expected = [dense(case.hidden, fit.gates_TE, full) for case, fit in zip(cases, fitted, strict=True)]
     if eps is not None:
         expected = [y + f.displaced_gate_T[:, None] * c.hidden for y, f, c in zip(expected, fitted, cases, strict=True)]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_anyexperts.moe.router import AnyExpertsRouter
+from megatron_anyexperts.moe.scores import Scores
 from megatron_anyexperts.moe.slots import virtual_cap
 from tests.unit.moe.builders import EXPERTS, HIDDEN, config, groups, layer
 
@@ -203,10 +204,26 @@ def test_fallback_gates_cover_exactly_the_eligible_columns_without_a_slot(one_ra
         decision = built(hidden, None, importance)
         assert not (decision.fallback_gates_TE[decision.routing_map_TE] != 0).any()
         free = decision.fallback_gates_TE > 0
+        assert torch.equal(free, decision.eligible_TE & ~decision.routing_map_TE)
         if "moe_router_num_groups" in score:
             assert ((free | decision.routing_map_TE).sum(1) == 6).all()
         else:
             assert (free ^ decision.routing_map_TE).all()
+
+
+@pytest.mark.parametrize("score", SCORES, ids=str)
+def test_a_logit_of_minus_infinity_leaves_an_expert_eligible_when_its_group_is(score):
+    settings = config(anyexperts_dispatch_eps=0.1, **score)
+    logits = torch.randn(20, settings.num_moe_experts)
+    logits[:, 0] = -torch.inf
+    scores = Scores.of(logits, settings)
+    routed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, scores.best_real(2, None).columns, True)
+    gates, eligible = scores.fallback(routed * 0.5, routed, None)
+    assert (gates[:, 0] == 0).all() and gates.isfinite().all()
+    if "moe_router_num_groups" in score:
+        assert (eligible.sum(1) == 6).all()
+    else:
+        assert eligible.all()
 
 
 @pytest.mark.parametrize("score", SCORES, ids=str)
