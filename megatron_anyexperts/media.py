@@ -1,10 +1,17 @@
-"""Media arithmetic: how many decoder tokens an image, a video or an audio clip becomes.
+"""The modalities, and media arithmetic: how many decoder tokens an image, a video or an audio clip becomes.
 
 The data pipeline writes that many placeholder tokens and the encoders return that many feature rows; both ask
 this file, so that they cannot disagree. Integers only: no torch, no decoding.
 """
 
 from dataclasses import dataclass, field
+
+MODALITIES = ("text", "image", "audio", "video")
+"""All kinds of tokens and of samples; their places here are their codes in a microbatch."""
+PAD, TEXT, IMAGE, AUDIO, VIDEO = range(-1, len(MODALITIES))
+MODALITY_CODES = {name: code for code, name in enumerate(MODALITIES)}
+VISION_CODES = (IMAGE, VIDEO)
+"""Modalities whose features the vision encoder makes."""
 
 SAMPLE_RATE = 16_000
 WINDOW, HOP = 400, 160

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,14 @@ matplotlib.use("Agg")  # no screen on a cluster
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
+
+from megatron_anyexperts.media import MODALITIES
 
 if TYPE_CHECKING:
     from megatron_anyexperts.evaluation.budgets import Evaluation
+    from megatron_anyexperts.evaluation.media_importance import ImageImportance, VideoImportance
 
-COLOURS = {"text": "#4477AA", "image": "#EE6677", "audio": "#228833", "video": "#CCBB44"}
+COLOURS = dict(zip(MODALITIES, ("#4477AA", "#EE6677", "#228833", "#CCBB44"), strict=True))
 
 
 def _series(metrics: list[dict[str, Any]], *path: str) -> tuple[list[int], list[float]]:
@@ -79,39 +80,6 @@ def slot_curves(metrics: list[dict[str, Any]], path: Path) -> None:
     _write(figure, path)
 
 
-@dataclass(frozen=True)
-class ImageImportance:
-    """One image as the model saw it.
-
-    Attributes:
-        pixels: [height, width, 3] in 0..1.
-        importance: [height / m, width / m] fp32 in (0, 1), mean over layers; m pixels a side per token.
-        slots: the same shape, mean slots over layers.
-        title: shown above.
-    """
-
-    pixels: np.ndarray
-    importance: np.ndarray
-    slots: np.ndarray
-    title: str
-
-
-def unpatch(patches: torch.Tensor, height: int, width: int, patch_size: int) -> np.ndarray:
-    """Put normalised patches back together.
-
-    Args:
-        patches: [height * width, 3 * patch_size**2] fp32, mean 0.5 and standard deviation 0.5 removed, row by row.
-        height: patches from top to bottom.
-        width: patches from left to right.
-        patch_size: pixels a side.
-
-    Returns:
-        [height * patch_size, width * patch_size, 3] in 0..1.
-    """
-    tiles = patches.reshape(height, width, 3, patch_size, patch_size).permute(0, 3, 1, 4, 2)
-    return (tiles.reshape(height * patch_size, width * patch_size, 3) * 0.5 + 0.5).clamp(0, 1).numpy()
-
-
 def importance_heatmaps(images: Iterable[ImageImportance], path: Path) -> None:
     """Draw each image beside its importance and its slots.
 
@@ -133,23 +101,6 @@ def importance_heatmaps(images: Iterable[ImageImportance], path: Path) -> None:
         for axes in row:
             axes.set_axis_off()
     _write(figure, path)
-
-
-@dataclass(frozen=True)
-class VideoImportance:
-    """One video as the model saw it.
-
-    Attributes:
-        frames: [height, width, 3] each, in 0..1.
-        importance: [frames] fp32 in (0, 1), mean over a frame's tokens and over layers.
-        slots: [frames], mean slots, likewise.
-        title: shown above.
-    """
-
-    frames: list[np.ndarray]
-    importance: np.ndarray
-    slots: np.ndarray
-    title: str
 
 
 def frame_bars(videos: Iterable[VideoImportance], path: Path) -> None:

@@ -21,7 +21,7 @@ def main(cli: list[str] | None = None) -> int:
         if args.run_dir is None:
             raise UsageError("--run-dir is not set; it names the run to draw")
         from megatron_anyexperts.analysis.pictures import frame_bars, importance_heatmaps, loss_curves, slot_curves
-        from megatron_anyexperts.evaluation.held_out import media_importance
+        from megatron_anyexperts.evaluation.media_importance import media_importance
 
         run = Run(Path(args.run_dir))
         folder = run.root / "pictures"

@@ -8,8 +8,7 @@ from megatron_anyexperts.corpus.corpus import Corpus, Estimate
 from megatron_anyexperts.corpus.facts import Facts
 from megatron_anyexperts.corpus.sample import Sample
 from megatron_anyexperts.data.vocabulary import Vocabulary
-
-MODALITIES = ("text", "image", "audio", "video")
+from megatron_anyexperts.media import MODALITIES
 
 AUDIO_FRAMES_PER_SECOND = 100
 

@@ -12,9 +12,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from megatron_anyexperts.corpus.finish import CRUDE_CONFIG
-from megatron_anyexperts.corpus.measure import MODALITIES
 from megatron_anyexperts.corpus.sample import DOCUMENT_KIND, KINDS
 from megatron_anyexperts.corpus.verify import read_manifest
+from megatron_anyexperts.media import MODALITIES
 
 
 class MixtureError(ValueError):

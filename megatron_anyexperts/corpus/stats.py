@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_anyexperts.corpus.sample import TEXT_FIELD
 from megatron_anyexperts.corpus.summary import table
+from megatron_anyexperts.media import MODALITIES
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 
@@ -111,9 +112,8 @@ def plot(manifest: dict, measured: Measured, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "tokens.png"]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    modalities = ("text", "image", "audio", "video")
     bottom = np.zeros(len(manifest["kinds"]))
-    for modality in modalities:
+    for modality in MODALITIES:
         counts = np.array(
             [sum(entry["tokens"][modality] for entry in splits.values()) for splits in manifest["kinds"].values()]
         )

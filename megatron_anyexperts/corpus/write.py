@@ -12,7 +12,7 @@ import numpy as np
 from megatron_anyexperts.corpus.corpus import Corpus
 from megatron_anyexperts.corpus.facts import Facts
 from megatron_anyexperts.corpus.files import write_json
-from megatron_anyexperts.corpus.measure import MODALITIES, TokenCounter, measures
+from megatron_anyexperts.corpus.measure import TokenCounter, measures
 from megatron_anyexperts.corpus.plan import ShardPlan
 from megatron_anyexperts.corpus.sample import DOCUMENT_KIND, Rejected, Sample
 from megatron_anyexperts.corpus.scan import describe, load_scan, scan_path
@@ -20,6 +20,7 @@ from megatron_anyexperts.corpus.sources.base import Chunk
 from megatron_anyexperts.corpus.transform import transform
 from megatron_anyexperts.corpus.unforeseen import foreseen, guarded
 from megatron_anyexperts.files import atomic_file
+from megatron_anyexperts.media import MODALITIES
 
 
 def manifest_path(shard: Path) -> Path:

@@ -9,8 +9,9 @@ from megatron.energon import Cooker, basic_sample_keys, stateless
 
 from megatron_anyexperts.data.chat import chat_parts
 from megatron_anyexperts.data.media_forms import AUDIO_DEMUXERS, IMAGE_EXTENSIONS, VIDEO_DEMUXERS
-from megatron_anyexperts.data.samples import MODALITY_CODES, Document, Marker, Media, SampleError, Text
+from megatron_anyexperts.data.samples import Document, Marker, Media, SampleError, Text
 from megatron_anyexperts.data.shard_reader import DAMAGE
+from megatron_anyexperts.media import MODALITY_CODES
 
 Part = Text | Marker | Media
 

@@ -13,18 +13,9 @@ from megatron_anyexperts.data.decoder_process import DecoderDied, DecoderProcess
 from megatron_anyexperts.data.faults import Quarantine
 from megatron_anyexperts.data.log_mel import log_mel
 from megatron_anyexperts.data.media_forms import MediaError
-from megatron_anyexperts.data.samples import (
-    MODALITY_CODES,
-    Document,
-    Marker,
-    Media,
-    Planned,
-    PlannedFrames,
-    SampleError,
-    Text,
-)
+from megatron_anyexperts.data.samples import Document, Marker, Media, Planned, PlannedFrames, SampleError, Text
 from megatron_anyexperts.data.vocabulary import Vocabulary
-from megatron_anyexperts.media import MediaShape
+from megatron_anyexperts.media import MODALITY_CODES, MediaShape
 
 _WAY_OUT = {
     ("too long", media_speech.decode_speech): "; raise data_audio_max_seconds, or cut it",

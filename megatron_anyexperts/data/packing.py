@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_anyexperts.data.samples import PAD, Planned
-from megatron_anyexperts.media import MediaShape
+from megatron_anyexperts.data.samples import Planned
+from megatron_anyexperts.media import PAD, MediaShape
 
 
 def pack_rows(sizes: list[tuple[int, ...]], limits: tuple[int, ...]) -> list[list[int]]:

@@ -7,9 +7,6 @@ import numpy as np
 from megatron.energon import Sample
 from megatron.energon.edataclass import edataclass
 
-PAD, TEXT, IMAGE, AUDIO, VIDEO = -1, 0, 1, 2, 3
-MODALITY_CODES = {"text": TEXT, "image": IMAGE, "audio": AUDIO, "video": VIDEO}
-
 
 class SampleError(ValueError):
     """One sample cannot be used; the message is the reason that is logged and counted."""

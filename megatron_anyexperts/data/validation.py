@@ -13,10 +13,10 @@ from megatron_anyexperts.data.cookers import cook
 from megatron_anyexperts.data.encode import DocumentEncoder
 from megatron_anyexperts.data.faults import DataFeedError, FaultLedger, Quarantine
 from megatron_anyexperts.data.packing import assemble_row, collate, pack_rows, row_order
-from megatron_anyexperts.data.samples import MODALITY_CODES, Planned, SampleError
+from megatron_anyexperts.data.samples import Planned, SampleError
 from megatron_anyexperts.data.shard_reader import ShardReader
 from megatron_anyexperts.data.vocabulary import Vocabulary
-from megatron_anyexperts.media import MediaShape
+from megatron_anyexperts.media import MODALITY_CODES, MediaShape
 
 
 class ValidationLoader:

@@ -27,7 +27,7 @@ from megatron_anyexperts.data.samples import Document, Planned, SampleError
 from megatron_anyexperts.data.shard_reader import ShardReader
 from megatron_anyexperts.data.vocabulary import Vocabulary
 from megatron_anyexperts.evaluation.known_tokens import KnownTokens
-from megatron_anyexperts.moe.metrics import MODALITIES
+from megatron_anyexperts.media import MODALITIES
 from megatron_anyexperts.training.data import data_settings
 
 

@@ -12,9 +12,10 @@ import torch
 from megatron.core import mpu
 
 from megatron_anyexperts.evaluation.held_out import forward
+from megatron_anyexperts.media import MODALITIES
 from megatron_anyexperts.moe.config import AnyExpertsConfig
 from megatron_anyexperts.moe.controllers import RouterControl, calibration
-from megatron_anyexperts.moe.metrics import MODALITIES, RoutingTracker, install_metrics, token_modality
+from megatron_anyexperts.moe.metrics import RoutingTracker, install_metrics, token_modality
 from megatron_anyexperts.training.arguments import UsageError
 from megatron_anyexperts.training.pretrain import transformer_config
 from megatron_anyexperts.training.step_stats import modality_sums
@@ -165,7 +166,7 @@ def evaluate(
         passes: most passes over `batches`; fewer once every layer is within `TOLERANCE` of its targets. The pass that
             came nearest counts.
     """
-    tracker = install_metrics(config)
+    tracker = install_metrics(config, MODALITIES)
     tried: list[Evaluation] = []
     with dialled(model, config), calibration([model]) as adjust:
         while len(tried) < passes:

@@ -9,16 +9,12 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_anyexperts.media import AUDIO, VISION_CODES
 from megatron_anyexperts.models.attention_inputs import AttentionInputs, attention_inputs
 from megatron_anyexperts.models.audio import AudioEncoder
 from megatron_anyexperts.models.specs import uses_transformer_engine
 from megatron_anyexperts.models.vision import VisionEncoder
 from megatron_anyexperts.moe.losses import token_weights
-
-VISION_CODES = (1, 3)
-"""`token_modality` of image and of video placeholders; the vision encoder fills both."""
-AUDIO_CODES = (2,)
-"""`token_modality` of audio placeholders."""
 
 
 class MultimodalModel(MegatronModule):
@@ -143,7 +139,7 @@ class MultimodalModel(MegatronModule):
             modality = torch.zeros_like(tokens, dtype=torch.int8) if token_modality is None else token_modality
             features = [
                 _encode("vision", self.vision, modality, VISION_CODES, image_patches, image_grids),
-                _encode("audio", self.audio, modality, AUDIO_CODES, audio_features, audio_lengths),
+                _encode("audio", self.audio, modality, (AUDIO,), audio_features, audio_lengths),
             ]
             embedded = self.language_model.embedding(input_ids=tokens, position_ids=position_ids)
             decoder_input = self._fill(embedded, [found for found in features if found is not None])

@@ -9,11 +9,9 @@ Both name their tensors alike in distributed checkpoints, so a model trained wit
 """
 
 import copy
-from dataclasses import replace
 from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -31,7 +29,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
-    MlpBuilder,
     MoETransformerLayer,
     TransformerLayer,
     TransformerLayerSubmodules,
@@ -39,6 +36,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_anyexperts.models.attention import SDPACoreAttention
 from megatron_anyexperts.models.norm import RMSNorm
+from megatron_anyexperts.moe.spec import moe_spec
 
 
 class AnyExpertsStack(HybridStack):
@@ -109,7 +107,8 @@ def decoder_stack_spec(config: TransformerConfig) -> ModuleSpec:
         submodules = copy.copy(hybrid_stack_spec.submodules)
         norm = TENorm
     if config.num_moe_experts:
-        moe = TransformerLayerSubmodules(pre_mlp_layernorm=norm, mlp=_moe_builder(config), mlp_bda=get_bias_dropout_add)
+        mixture = moe_spec(config, uses_transformer_engine(config))
+        moe = TransformerLayerSubmodules(pre_mlp_layernorm=norm, mlp=mixture, mlp_bda=get_bias_dropout_add)
         submodules.moe_layer = ModuleSpec(module=MoETransformerLayer, submodules=moe)
     return ModuleSpec(module=AnyExpertsStack, params={"norm": norm}, submodules=submodules)
 
@@ -147,25 +146,6 @@ def build_projector(
     return MLP(
         projector_config, submodules, input_size=input_size, ffn_hidden_size=output_size, tp_group=pg_collection.tp
     )
-
-
-def _moe_builder(config: TransformerConfig) -> MlpBuilder:
-    """Mixture layer: Megatron's experts and shared experts under our layer and router.
-
-    With `anyexperts_stock_moe` layer and router stay Megatron's as well, as the reference of comparisons.
-    """
-    stock = get_moe_module_spec(
-        use_te=uses_transformer_engine(config),
-        num_experts=config.num_moe_experts,
-        moe_grouped_gemm=config.moe_grouped_gemm,
-    )
-    if config.anyexperts_stock_moe:
-        return stock
-    from megatron_anyexperts.moe.layer import AnyExpertsMoELayer
-    from megatron_anyexperts.moe.router import AnyExpertsRouter
-
-    submodules = replace(stock.keywords["submodules"], router=AnyExpertsRouter)
-    return partial(AnyExpertsMoELayer, submodules=submodules)
 
 
 def _local_submodules(config: TransformerConfig) -> HybridStackSubmodules:

@@ -1,14 +1,11 @@
 """Every option of dynamic routing, declared once: the dataclass makes the command line, its help and its checks."""
 
-import dataclasses
 import math
-from argparse import ArgumentParser
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_anyexperts.moe.controllers import finalize_model_grads
 from megatron_anyexperts.moe.slots import virtual_cap
 
 
@@ -102,8 +99,6 @@ class AnyExpertsConfig(TransformerConfig):
         self._refuse_combinations()
         if not self.anyexperts_static and self.moe_router_dtype is None:
             self.moe_router_dtype = "fp32"
-        if self.finalize_model_grads_func is None:
-            self.finalize_model_grads_func = finalize_model_grads
 
     @property
     def anyexperts_max_virtual_slots(self) -> int:
@@ -257,16 +252,3 @@ def _inside(name: str, value: float, low: float, high: float, low_open: bool = F
     if not (above and below):
         left, right = "(" if low_open else "[", ")" if high_open or high == math.inf else "]"
         raise ValueError(f"{name}={value} lies outside {left}{low}, {high}{right}")
-
-
-def add_anyexperts_args(parser: ArgumentParser) -> ArgumentParser:
-    """Add one ``--anyexperts-...`` flag for every own field of :class:`AnyExpertsConfig`.
-
-    Args:
-        parser: Megatron's parser, as `extra_args_provider` receives it.
-    """
-    from megatron.training.argument_utils import ArgumentGroupFactory
-
-    inherited = [field.name for field in dataclasses.fields(TransformerConfig)]
-    ArgumentGroupFactory(AnyExpertsConfig, exclude=inherited).build_group(parser, title="anyexperts")
-    return parser

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import rerun_state_machine
@@ -95,6 +96,12 @@ class RouterControl(KeepsPrecision):
         config = self.config
         if config.anyexperts_target_slots is None and config.anyexperts_target_real is None:
             return
+        if not (self.calibrating or moves_controllers(config.finalize_model_grads_func)):
+            raise RuntimeError(
+                "nothing moves the controllers of dynamic slots, so anyexperts_target_slots and _real would not be "
+                "kept: after the model is built, add\n"
+                "    config.finalize_model_grads_func = with_controllers(config.finalize_model_grads_func)"
+            )
         movable_T = (soft_T > config.anyexperts_k_min) & (soft_T < config.anyexperts_k_max) & valid_T
         self.counts += torch.stack((valid_T.sum(), slots_T.sum(), real_used_TK.sum(), movable_T.sum()))
 
@@ -185,8 +192,37 @@ def calibration(model: list[torch.nn.Module]) -> Iterator[Callable[[], None]]:
             router.control.calibrating = False
 
 
-def finalize_model_grads(model, num_tokens=None, pg_collection=None, force_all_reduce=False) -> None:
-    """Megatron's gradient finalisation, then the controllers; installed by `AnyExpertsConfig`.
+def with_controllers(finalize: Callable[..., None] | None = None) -> Callable[..., None]:
+    """A `finalize_model_grads_func` that moves the controllers after gradients were finalised.
+
+    The layer puts one into its configuration; a loop that sets that field itself, as Megatron-Bridge does, calls this:
+    `config.finalize_model_grads_func = with_controllers(config.finalize_model_grads_func)`.
+
+    Args:
+        finalize: what finalises gradients, with the signature of Megatron's; None: Megatron's own. One that moves the
+            controllers already is returned as it is.
+    """
+    inner = stock_finalize_model_grads if finalize is None else finalize
+    if moves_controllers(inner):
+        return inner
+
+    @functools.wraps(inner)
+    def finalize_and_control(model, num_tokens=None, pg_collection=None, *args: Any, **kwargs: Any) -> None:
+        _finalize(functools.partial(inner, model, num_tokens, pg_collection, *args, **kwargs), model, pg_collection)
+
+    finalize_and_control.moves_controllers = True
+    return finalize_and_control
+
+
+def moves_controllers(finalize: Callable[..., None] | None) -> bool:
+    """Whether a `finalize_model_grads_func` moves the controllers."""
+    return getattr(finalize, "moves_controllers", False)
+
+
+def _finalize(
+    finalize: Callable[[], None], model: list[torch.nn.Module], pg_collection: ProcessGroupCollection | None
+) -> None:
+    """Finalise gradients, then move the controllers.
 
     Runs before the optimizer. A step whose gradients are not all finite, which an optimizer with a loss scale then
     skips, moves nothing: what overflowed may have been the hidden states that were routed. Runs again when the rerun
@@ -195,7 +231,9 @@ def finalize_model_grads(model, num_tokens=None, pg_collection=None, force_all_r
     routers = _routers(model)
     for router in routers:
         router.control.remember(router.expert_bias)
-    stock_finalize_model_grads(model, num_tokens, pg_collection, force_all_reduce)
+    finalize()
+    if not routers:
+        return
     for router in routers:
         if _zero_mean(router):
             router.expert_bias -= router.expert_bias.mean()

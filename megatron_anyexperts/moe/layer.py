@@ -11,6 +11,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.typed_torch import apply_module
 from torch import Tensor
 
+from megatron_anyexperts.moe.controllers import with_controllers
 from megatron_anyexperts.moe.dispatcher import SlotDispatcher
 from megatron_anyexperts.moe.importance import Importance
 from megatron_anyexperts.moe.metrics import local_positions, observe
@@ -45,6 +46,8 @@ class AnyExpertsMoELayer(MoELayer):
         name: str | None = None,
     ):
         pg_collection = pg_collection or get_default_pg_collection()
+        # Here rather than in the configuration, which a loop may still change before it builds the model.
+        config.finalize_model_grads_func = with_controllers(config.finalize_model_grads_func)
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.token_dispatcher = None
         self.dispatcher = SlotDispatcher(config, self.num_local_experts, self.local_expert_indices, pg_collection)

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from megatron_anyexperts.moe.decision import RoutingDecision
     from megatron_anyexperts.moe.dispatcher import LoadReport
 
-MODALITIES = ("text", "image", "audio", "video")
-
-
 @dataclass
 class TokenRecord:
     """What one mixture layer decided for each token of one forward pass, on the CPU.
@@ -60,7 +57,7 @@ def token_modality(kinds_BS: Tensor) -> Iterator[None]:
     """Record the routing of the forward passes inside, split by modality.
 
     Args:
-        kinds_BS: int8 [B, S] of this context-parallel rank; index into `MODALITIES`, -1 for padding.
+        kinds_BS: int8 [B, S] of this context-parallel rank; index into the modalities of the tracker, -1 for padding.
     """
     before, _OBSERVERS.kinds_BS = _OBSERVERS.kinds_BS, kinds_BS
     try:
@@ -132,15 +129,16 @@ class RoutingTracker(MoEMetricsTracker):
 
     Args:
         config: sizes are taken from it, so that ranks without mixture layers reduce the same shapes.
+        modalities: names of the kinds of tokens, in the order of their codes in `token_modality`.
         log_interval: steps over which the breakdown is added up.
     """
 
-    def __init__(self, config: AnyExpertsConfig, log_interval: int = 1):
+    def __init__(self, config: AnyExpertsConfig, modalities: tuple[str, ...] = ("text",), log_interval: int = 1):
         super().__init__()
         self.log_interval = log_interval
         self.num_layers = config.num_layers + (config.mtp_num_layers or 0)
         device = torch.cuda.current_device()
-        sizes = (MODALITIES, self.num_layers, config.anyexperts_k_max or 0, config.num_moe_experts or 0, device)
+        sizes = (modalities, self.num_layers, config.anyexperts_k_max or 0, config.num_moe_experts or 0, device)
         self.tallies = {"train": Tally(*sizes), "eval": Tally(*sizes)}
         self.extra_losses = [
             name
@@ -205,8 +203,14 @@ class RoutingTracker(MoEMetricsTracker):
         return self._last
 
 
-def install_metrics(config: AnyExpertsConfig, log_interval: int = 1) -> RoutingTracker:
-    """Make a `RoutingTracker` the tracker that Megatron's loop reports; call on every rank before training."""
-    tracker = RoutingTracker(config, log_interval)
+def install_metrics(
+    config: AnyExpertsConfig, modalities: tuple[str, ...] = ("text",), log_interval: int = 1
+) -> RoutingTracker:
+    """Make a `RoutingTracker` the tracker that Megatron's loop reports; call on every rank before training.
+
+    Args:
+        config, modalities, log_interval: see `RoutingTracker`.
+    """
+    tracker = RoutingTracker(config, modalities, log_interval)
     set_moe_metrics_tracker(tracker)
     return tracker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import os
 import sys
@@ -22,14 +23,16 @@ HELP = {"-h", "--help", "--help-all"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add every flag of this project, each generated from the dataclass that declares it."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.training.argument_utils import ArgumentGroupFactory
 
     from megatron_anyexperts.data.config import DataConfig
     from megatron_anyexperts.models.build import add_model_arguments
-    from megatron_anyexperts.moe.config import add_anyexperts_args
+    from megatron_anyexperts.moe.config import AnyExpertsConfig
     from megatron_anyexperts.training.learning_rates import LearningRateConfig
 
-    add_anyexperts_args(parser)
+    inherited = [field.name for field in dataclasses.fields(TransformerConfig)]
+    ArgumentGroupFactory(AnyExpertsConfig, exclude=inherited).build_group(parser, title="anyexperts")
     add_model_arguments(parser)
     groups = ((DataConfig, "multimodal data"), (RunConfig, "run"), (LearningRateConfig, "learning rates of parts"))
     for config, title in groups:

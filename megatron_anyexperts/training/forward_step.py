@@ -11,8 +11,8 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 
-from megatron_anyexperts.media import MediaShape
-from megatron_anyexperts.moe.metrics import MODALITIES, token_modality
+from megatron_anyexperts.media import MODALITIES, MediaShape
+from megatron_anyexperts.moe.metrics import token_modality
 from megatron_anyexperts.training.batch import next_batch
 from megatron_anyexperts.training.flops import measure_work
 from megatron_anyexperts.training.step_stats import StepStats, modality_sums

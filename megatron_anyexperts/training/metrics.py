@@ -13,6 +13,7 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import parse_hybrid_pat
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.training import get_args, training
 
+from megatron_anyexperts.media import MODALITIES
 from megatron_anyexperts.moe.config import AnyExpertsConfig
 from megatron_anyexperts.moe.metrics import RoutingTracker
 from megatron_anyexperts.survival import runlog
@@ -45,7 +46,7 @@ class TrainingMetrics(RoutingTracker):
         run: Run | None,
         heartbeat: Heartbeat | None,
     ):
-        super().__init__(config, args.log_interval)
+        super().__init__(config, MODALITIES, args.log_interval)
         self.config = config
         self.stats = stats
         self.run = run

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_anyexperts.files import atomic_file
-from megatron_anyexperts.moe.metrics import MODALITIES
+from megatron_anyexperts.media import MODALITIES
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.training.flops import WORK
 

@@ -19,6 +19,7 @@ from megatron_anyexperts.corpus.sources.media_reference import media_from
 from megatron_anyexperts.corpus.sources.record_files import FORMS, form_of, read_records, record_chunks
 from megatron_anyexperts.corpus.sources.tables import Quotes
 from megatron_anyexperts.corpus.unforeseen import foreseen
+from megatron_anyexperts.media import MODALITIES
 
 
 class RecordSource(Source):
@@ -180,7 +181,7 @@ def _segments(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Kind and value of the segments of a document in any of the known forms."""
     if isinstance(record.get("segments"), list):
         for segment in record["segments"]:
-            if not isinstance(segment, dict) or segment.get("type") not in ("text", "image", "audio", "video"):
+            if not isinstance(segment, dict) or segment.get("type") not in MODALITIES:
                 raise Rejected("unknown segment", repr(segment)[:200])
             kind = segment["type"]
             yield kind, string(segment, "text") if kind == "text" else segment.get("media", segment.get(kind))

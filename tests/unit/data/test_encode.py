@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from megatron_anyexperts.data.config import DataConfig
 from megatron_anyexperts.data.cookers import cook
 from megatron_anyexperts.data.encode import DocumentEncoder
-from megatron_anyexperts.data.samples import AUDIO, IMAGE, TEXT, VIDEO, Document, SampleError, Text
+from megatron_anyexperts.data.samples import Document, SampleError, Text
 from megatron_anyexperts.data.vocabulary import Vocabulary
-from megatron_anyexperts.media import MediaShape
+from megatron_anyexperts.media import AUDIO, IMAGE, TEXT, VIDEO, MediaShape
 from tests.feed import corpus
 
 SHAPE = MediaShape(patch_size=7)

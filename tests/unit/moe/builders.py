@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_anyexperts.moe.config import AnyExpertsConfig
+from megatron_anyexperts.moe.controllers import with_controllers
 from megatron_anyexperts.moe.layer import AnyExpertsMoELayer
 from megatron_anyexperts.moe.router import AnyExpertsRouter
 
@@ -35,6 +36,7 @@ def config(**options) -> AnyExpertsConfig:
         "use_cpu_initialization": True,
         "gradient_accumulation_fusion": False,
         "bias_dropout_fusion": False,
+        "finalize_model_grads_func": with_controllers(),  # as the layer does, for routers alone
     }
     return AnyExpertsConfig(**(defaults | options))
 

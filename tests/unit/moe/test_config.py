@@ -2,7 +2,8 @@ import argparse
 
 import pytest
 
-from megatron_anyexperts.moe.config import AnyExpertsConfig, add_anyexperts_args
+from megatron_anyexperts.moe.config import AnyExpertsConfig
+from megatron_anyexperts.training.arguments import add_arguments
 from tests.unit.moe.builders import config
 
 REFUSED = [
@@ -44,7 +45,7 @@ def test_slot_range_defaults_to_the_routers_top_k():
 
 
 def test_every_own_field_is_a_flag_with_help():
-    parser = add_anyexperts_args(argparse.ArgumentParser())
+    parser = add_arguments(argparse.ArgumentParser())
     flags = {action.dest: action for action in parser._actions if action.dest.startswith("anyexperts_")}
     own = {name for name in AnyExpertsConfig.__dataclass_fields__ if name.startswith("anyexperts_")}
     assert set(flags) == own
@@ -52,7 +53,7 @@ def test_every_own_field_is_a_flag_with_help():
 
 
 def test_flags_parse_to_the_field_types():
-    parser = add_anyexperts_args(argparse.ArgumentParser())
+    parser = add_arguments(argparse.ArgumentParser())
     args = parser.parse_args(["--anyexperts-k-min", "2", "--anyexperts-rho-max", "0.2", "--anyexperts-learn-alpha"])
     assert (args.anyexperts_k_min, args.anyexperts_rho_max, args.anyexperts_learn_alpha) == (2, 0.2, True)
     assert args.anyexperts_k_max is None

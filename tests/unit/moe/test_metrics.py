@@ -5,6 +5,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe import moe_logging
 
+from megatron_anyexperts.media import MODALITIES
 from megatron_anyexperts.moe.metrics import RoutingTracker, install_metrics, record_tokens, token_modality
 from megatron_anyexperts.moe.summary import quantiles
 from tests.unit.moe.builders import HIDDEN, config, layer
@@ -32,7 +33,7 @@ def setup(one_rank):
     cfg = config(**DYNAMIC, anyexperts_spread_loss_coeff=0.1, anyexperts_spread_target=0.5)
     built = layer(cfg)
     built.importance.down.data.normal_()
-    tracker = install_metrics(cfg)
+    tracker = install_metrics(cfg, MODALITIES)
     yield built, tracker
     moe_logging.destroy_moe_metrics_tracker()
 
@@ -156,7 +157,7 @@ def test_a_layer_without_a_number_has_no_figures(setup):
 
 
 def test_a_rank_without_mixture_layers_reduces_the_same_shapes(one_rank):
-    tracker = RoutingTracker(config(**DYNAMIC, num_layers=5))
+    tracker = RoutingTracker(config(**DYNAMIC, num_layers=5), MODALITIES)
     tracker.ensure_initialized("z_loss", 1)
     assert tracker.metrics["z_loss"].values.shape == (5,)
 
