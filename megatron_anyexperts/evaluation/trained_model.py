@@ -16,6 +16,7 @@ from megatron_anyexperts.training.arguments import UsageError, be_a_rank, parse
 from megatron_anyexperts.training.comparison import RunSettings
 from megatron_anyexperts.training.pretrain import DEFAULTS, check, model_provider, transformer_config
 from megatron_anyexperts.training.resume import CheckpointError, check_foreign
+from megatron_anyexperts.training.run_config import TRAINING_ONLY
 
 
 def start(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> argparse.Namespace:
@@ -34,7 +35,7 @@ def start(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> argparse.Na
     be_a_rank()
     try:
         signing_key()
-        args = parse(cli, defaults)
+        args = parse(cli, defaults, drop=TRAINING_ONLY)
         check(args)
     except (ValueError, AssertionError) as error:
         raise UsageError(str(error)) from error

@@ -232,8 +232,6 @@ def _finalize(
     for router in routers:
         router.control.remember(router.expert_bias)
     finalize()
-    if not routers:
-        return
     for router in routers:
         if _zero_mean(router):
             router.expert_bias -= router.expert_bias.mean()

@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from megatron_anyexperts.survival.run_directory import Run
+from megatron_anyexperts.training import run_config
 from megatron_anyexperts.training.config import RunConfig, apply_run_dir
 from megatron_anyexperts.training.config_files import read_config
 from megatron_anyexperts.training.help import ParserHook, help_text, training_parser
@@ -71,14 +73,16 @@ def _nearest(option: str, flags: Mapping[str, argparse.Action]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def merge(cli: list[str], add: ParserHook = add_arguments) -> list[str]:
+def merge(cli: list[str], add: ParserHook = add_arguments, drop: tuple[str, ...] = ()) -> list[str]:
     """Return the full command line: the words of ``--config FILE``, then those of `cli` without it.
 
-    ``--unset KEY`` (repeatable) drops a key of the file, which is how a switch of the file is turned off.
+    ``--unset KEY`` (repeatable) drops a key of the file, which is how a switch of the file is turned off. Without
+    ``--config`` and ``--num-experts``, the file of the run that ``--run-dir`` names counts, if there is one.
 
     Args:
         cli: command-line words without the program's name.
         add: adds the project's own flags to Megatron's.
+        drop: flags that are not taken over from the file of a run.
 
     Raises:
         UsageError: an unknown key or flag, or an unreadable file.
@@ -88,6 +92,8 @@ def merge(cli: list[str], add: ParserHook = add_arguments) -> list[str]:
     own.add_argument("--config")
     own.add_argument("--unset", action="append", default=[])
     chosen, rest = own.parse_known_args(cli)
+    if chosen.config is None and (words := _words_of_run(rest, drop)):
+        chosen = own.parse_args(words, chosen)
     parser = training_parser(add)
     if wanted := HELP & set(rest):
         if os.environ.get("RANK", "0") == "0":
@@ -110,6 +116,25 @@ def merge(cli: list[str], add: ParserHook = add_arguments) -> list[str]:
     parser.error = _refuse_words
     parser.parse_args(words)
     return words
+
+
+def switches() -> dict[str, bool]:
+    """Option string to whether it is a switch, for all flags of training."""
+    parser = training_parser(add_arguments)
+    return {option: action.nargs == 0 for action in parser._actions for option in action.option_strings}
+
+
+def _words_of_run(words: list[str], drop: tuple[str, ...]) -> list[str]:
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--run-dir")
+    peek.add_argument("--num-experts")
+    found = peek.parse_known_args(words)[0]
+    if found.run_dir is None or found.num_experts is not None:  # the command describes a model itself
+        return []
+    run = Run(Path(found.run_dir))
+    if (taken := run_config.words_of_run(run, drop)) and os.environ.get("RANK", "0") == "0":
+        print(f"flags that the command line does not give are those of {run.config}", file=sys.stderr)
+    return taken
 
 
 def _refuse_words(message: str) -> NoReturn:
@@ -155,12 +180,15 @@ def be_a_rank() -> None:
         os.environ.update(_ALONE)
 
 
-def parse(cli: list[str], defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
+def parse(
+    cli: list[str], defaults: Mapping[str, Any] | None = None, drop: tuple[str, ...] = ()
+) -> argparse.Namespace:
     """Parse and validate the command line the way Megatron's own entry points do, and set its globals.
 
     Args:
         cli: command-line words without the program's name; may contain ``--config``.
         defaults: flag defaults of the entry point, by destination.
+        drop: see `merge`.
 
     Returns:
         Megatron's arguments, with this project's among them.
@@ -168,7 +196,7 @@ def parse(cli: list[str], defaults: Mapping[str, Any] | None = None) -> argparse
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
-    sys.argv = [sys.argv[0], *merge(cli)]
+    sys.argv = [sys.argv[0], *merge(cli, drop=drop)]
     args = parse_args(extra_args_provider=add_arguments)
     apply_run_dir(args)
     _refuse(args)

@@ -27,7 +27,8 @@ from megatron_anyexperts.survival.lost_writes import tolerate_full_disk
 from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.survival.signals import live_with_parent
 from megatron_anyexperts.survival.signing import signing_key
-from megatron_anyexperts.training.arguments import UsageError, be_a_rank, parse
+from megatron_anyexperts.training import run_config
+from megatron_anyexperts.training.arguments import UsageError, be_a_rank, parse, switches
 
 if TYPE_CHECKING:
     from megatron_anyexperts.training.comparison import RunSettings
@@ -182,6 +183,11 @@ def pretrain(
     log("start", world_size=args.world_size, restart=int(os.environ.get("SLURM_RESTART_COUNT", 0)))
     if args.rank == 0:
         settings.announce(run)
+    if first:
+        try:
+            run_config.write(run, sys.argv[1:], switches())
+        except OSError as error:
+            print(f"WARNING: {run.config} is not written: {error}", file=sys.stderr)
     args.override_opt_param_scheduler |= args.change_schedule
     try:
         _run_megatron(args, run, lock, settings, held_out(args) if held_out else None)

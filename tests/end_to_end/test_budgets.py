@@ -108,7 +108,8 @@ def test_an_impossible_request_is_refused_with_the_limit(trained, words, message
 
 
 def test_pictures_show_video_frames(trained):
-    code, output = trained.call(PICTURES)
+    [process] = start_ranks(PICTURES, 1, ["--run-dir", str(trained.run_dir)])
+    output, code = process.communicate(timeout=300)[0], process.returncode
     assert code == 0, output[-4000:]
     assert (trained.run_dir / "pictures/frames.png").stat().st_size > 10_000
 

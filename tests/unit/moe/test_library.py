@@ -62,11 +62,11 @@ def test_figures_are_those_of_the_forward_pass(names):
 
 def test_wrapping_twice_is_wrapping_once(names):
     with_controllers = megatron_anyexperts.moe.with_controllers
-    calls = []
+    calls, model = [], [wrapped(names)]
     once = with_controllers(lambda *args, **kwargs: calls.append((args, kwargs)))
     assert with_controllers(once) is once
-    once([], 3, None, force_all_reduce=True)
-    assert calls == [(([], 3, None), {"force_all_reduce": True})]
+    once(model, 3, None, force_all_reduce=True)
+    assert calls == [((model, 3, None), {"force_all_reduce": True})]
 
 
 def test_all_that_is_exported_is_documented():
