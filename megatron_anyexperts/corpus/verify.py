@@ -12,8 +12,8 @@ import numpy as np
 from megatron_anyexperts.corpus.corpus import Limits
 from megatron_anyexperts.corpus.probe import probe
 from megatron_anyexperts.corpus.sample import DOCUMENT_KIND, Media, Rejected
-from megatron_anyexperts.corpus.sources.tars import MEDIA_BY_SUFFIX
 from megatron_anyexperts.corpus.write import manifest_path
+from megatron_anyexperts.media import MODALITIES
 
 ANY_SIZE = Limits(
     max_media_bytes=2**62, max_pixels=2**62, min_side=1, max_aspect=2**31, min_seconds=0,
@@ -108,14 +108,23 @@ def _sample_problems(shard: str, members: dict[str, bytes]) -> Iterator[str]:
         if sorted(members) != sorted([*names, "json"]):
             yield f"has members {sorted(members)} instead of {sorted([*names, 'json'])}"
             return
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        types = _media_types(kind, meta)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         yield f"has no usable JSON: {type(error).__name__}: {error}"
         return
     for name in names:
         try:
-            probe(Media(MEDIA_BY_SUFFIX["." + name.rpartition(".")[2]], members[name]), ANY_SIZE)
+            probe(Media(types[name], members[name]), ANY_SIZE)
         except (Rejected, KeyError) as error:
             yield f"{name}: {error}"
+
+
+def _media_types(kind: str, meta: dict) -> dict[str, str]:
+    """Type of each medium, as the sample declares it: the suffix does not tell sound in an MP4 from a video."""
+    if kind in MODALITIES:
+        return dict.fromkeys(meta["media"], kind)
+    turns = [meta["segments"]] if kind == "interleaved" else [turn["content"] for turn in meta["messages"]]
+    return {part["media"]: part["type"] for parts in turns for part in parts if part["type"] != "text"}
 
 
 def _index_problems(path: Path, offsets: list[int]) -> Iterator[str]:

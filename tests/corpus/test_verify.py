@@ -9,7 +9,8 @@ from megatron_anyexperts.corpus.build import build
 from megatron_anyexperts.corpus.corpus import load_corpus
 from megatron_anyexperts.corpus.verify import check_shard, corpus_problems, read_manifest
 from megatron_anyexperts.corpus.workers import Share
-from tests.corpus.raw import raw_corpus
+from tests.corpus.media import encoded_audio, tone
+from tests.corpus.raw import corpus_of, raw_corpus, write
 
 SHARD = "interleaved/train/shard-000000.tar"
 
@@ -93,3 +94,14 @@ def test_a_damaged_manifest_is_no_corpus(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match="holds no finished corpus"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(("codec", "container"), [("aac", "mp4"), ("libopus", "matroska")])
+def test_sound_in_a_container_for_films_is_sound(tmp_path, codec, container):
+    samples = tone(0.5, 48000, "mono")
+    write(tmp_path / "audio/a.m4a", encoded_audio(codec, container, 48000, "mono", samples))
+    write(tmp_path / "audio/a.txt", "A tone.")
+    corpus = corpus_of(tmp_path, {"type": "audio_folder", "path": "audio"}, validation_fraction=0)
+    manifest = build(corpus, tmp_path / "out", Share(), workers=0, quiet=True)
+    assert manifest["samples"] == 1, manifest["rejected"]
+    assert problems(tmp_path / "out") == ({}, "")
