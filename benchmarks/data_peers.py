@@ -87,8 +87,8 @@ class PeerStream(IterableDataset):
 
 def write_litdata(samples: list[bytes], folder: Path) -> Callable[[], Iterator[bytes]]:
     """Store samples in LitData's format; returns what reads them in a worker."""
-    from litdata.streaming.writer import BinaryWriter
     from litdata.streaming.dataset import StreamingDataset
+    from litdata.streaming.writer import BinaryWriter
 
     folder.mkdir()
     writer = BinaryWriter(str(folder), chunk_bytes=1 << 26)

@@ -46,7 +46,7 @@ class AnyExpertsMoELayer(MoELayer):
         name: str | None = None,
     ):
         pg_collection = pg_collection or get_default_pg_collection()
-        # Here rather than in the configuration, which a loop may still change before it builds the model.
+        # For models built without `moe_spec`, which does it on pipeline stages without mixture layers as well.
         config.finalize_model_grads_func = with_controllers(config.finalize_model_grads_func)
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.token_dispatcher = None

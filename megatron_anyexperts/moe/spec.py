@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 
 from megatron_anyexperts.moe.config import AnyExpertsConfig
+from megatron_anyexperts.moe.controllers import with_controllers
 from megatron_anyexperts.moe.layer import AnyExpertsMoELayer
 from megatron_anyexperts.moe.router import AnyExpertsRouter
 
@@ -27,5 +28,7 @@ def moe_spec(config: AnyExpertsConfig, use_te: bool) -> Any:
     )
     if config.anyexperts_stock_moe:
         return stock
+    # On every pipeline stage: moving the controllers ends in a collective that stages without mixture layers join.
+    config.finalize_model_grads_func = with_controllers(config.finalize_model_grads_func)
     submodules = replace(stock.keywords["submodules"], router=AnyExpertsRouter)
     return partial(AnyExpertsMoELayer, submodules=submodules)
