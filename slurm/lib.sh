@@ -128,22 +128,32 @@ ask_to_stop() {
   if [[ -n $PREFLIGHT_PID ]]; then kill "$PREFLIGHT_PID" 2>/dev/null || true; fi
 }
 
+# begin_job KIND: settings and run directory. Whatever then ends the job without success is told in the run's events, a
+# profile that was spoilt while the job waited in the queue included.
+begin_job() {
+  STOP_REASON="" DEFAULT_RUN=$ROOT/runs/$1
+  trap 'account_for $?' EXIT
+  load_settings
+  ENTRY=${ENTRY:-${ENTRIES[$1]}} RUN=${RUN:-$DEFAULT_RUN}
+  mkdir -p "$RUN/logs"
+}
+
 # account_for CODE: a job that ends without success has said why in the run's events.
 account_for() {
   (($1)) || return 0
+  RUN=${RUN:-$DEFAULT_RUN} HOST_PYTHON=${HOST_PYTHON:-$PYTHON}
   survival account "$RUN" --summary "${STOP_REASON:-the batch script ended with exit code $1; the end of its log says why}" || true
 }
 
 # run_training ARG...: the life of one job: preflight, train, judge, and again, until it is done or given up.
 run_training() {
   local all reply usable layout_flags
-  TRAIN_PID="" PREFLIGHT_PID="" SIGNALLED="" STOP_REASON="" ATTEMPT=0
+  TRAIN_PID="" PREFLIGHT_PID="" SIGNALLED="" ATTEMPT=0
   TRAINING=("$@")
   STEP_ERRORS=$RUN/logs/step-$SLURM_JOB_ID.err
   # Time limit: Slurm sends USR1 to this script SIGNAL_LEAD_S before it. Preemption and scancel --batch send TERM.
   trap 'ask_to_stop "time limit"' USR1
   trap 'ask_to_stop terminated' TERM
-  trap 'account_for $?' EXIT
   mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   while :; do
     survival begin "$RUN" --job "$SLURM_JOB_ID" --restart "${SLURM_RESTART_COUNT:-0}" --nodes "${all[*]}"

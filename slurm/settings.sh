@@ -71,7 +71,8 @@ load_settings() {
     printf -v "${each%%|*}" %s "${rest%|*}"
   done
   while IFS= read -r each; do
-    [[ $each == PROFILE=* ]] && profile=${each#*=}
+    # A job whose profile is refused still has to say so in its run directory.
+    case $each in PROFILE=*) profile=${each#*=} ;; RUN=*) RUN=${each#*=} ;; esac
   done <<<"$overrides"
   [[ $profile == */* ]] || profile=$ROOT/slurm/profiles/$profile.env
   [[ -r $profile ]] || { echo "no profile $profile; PROFILE is a name in slurm/profiles or a path" >&2; return 2; }
@@ -96,12 +97,23 @@ load_settings() {
   MIN_NODES=${NODES%-*} MAX_NODES=${NODES#*-}
 }
 
-# source_profile FILE: refuses a variable in capitals that is neither a setting nor exported: a typing error.
+# source_profile FILE: refuses typing errors: bad syntax, a word that is no command (HANG_S= 600), and a variable in
+# capitals that is neither a setting nor exported.
 source_profile() {
-  local before name names wrong=0
+  local before name names strangers wrong=0
+  bash -n "$1" || return 2
   before=" $(compgen -v | tr '\n' ' ')"
+  strangers=$(mktemp)
+  # shellcheck disable=SC2317 # bash calls it, in a process of its own
+  command_not_found_handle() { echo "$1" >>"$strangers"; }
   # shellcheck source=/dev/null
   source "$1"
+  unset -f command_not_found_handle
+  while IFS= read -r name; do
+    printf '%q in %s is no command; write NAME=value without spaces around =\n' "$name" "$1" >&2
+    wrong=2
+  done <"$strangers"
+  rm -f "$strangers"
   mapfile -t names < <(setting_names)
   for name in $(compgen -v); do
     [[ $before == *" $name "* || ! $name =~ ^[A-Z][A-Z0-9_]*$ || $name =~ ^(BASH_|PIPESTATUS$) ]] && continue

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = {"ENTRY": "tests/slurm/counting_run.py"}
 ITERATIONS = 40
 
@@ -177,6 +179,16 @@ def test_a_batch_script_that_fails_leaves_its_cause(counting):
     (counting.run.logs / f"step-{counting.job}.err").mkdir(exist_ok=True)  # where the launcher keeps what srun prints
     counting.await_end(40, state="FAILED")
     assert "the batch script ended with exit code" in counting.events("stop")[-1]["summary"]
+
+
+def test_a_profile_that_is_spoilt_in_the_queue_leaves_its_trace(counting, tmp_path):
+    profile = tmp_path / "own.env"
+    profile.write_text((ROOT / "slurm" / "profiles" / "cpu.env").read_text())
+    counting.submit("--train-iters", 5, PROFILE=profile, SBATCH_EXTRA="--begin=now+3")
+    profile.write_text("HANGS_S=5\n")
+    counting.await_end(40, state="FAILED")
+    assert "exit code 2; the end of its log says why" in counting.events("stop")[-1]["summary"]
+    assert f"unknown setting HANGS_S in {profile}; did you mean HANG_S?" in counting.log_of_job()
 
 
 def test_a_lost_node_leaves_a_smaller_run_that_grows_again(counting):

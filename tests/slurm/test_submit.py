@@ -6,9 +6,12 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from tests.feed import corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,6 +91,52 @@ def test_a_typing_error_in_a_profile_is_refused(tmp_path):
     assert len(done.stderr.splitlines()) == 1
     profile.write_text(profile.read_text().replace("HANGS_S", "HANG_S"))
     assert not submit("pretrain", f"PROFILE={profile}", "--dry-run").returncode
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("HANG_S= 700\nHANG_S =700\n", "is no command; write NAME=value without spaces around ="),
+        ("if true; then\nHANG_S=700\n", "syntax error"),
+    ],
+)
+def test_a_profile_that_is_read_in_part_only_is_refused(tmp_path, text, message):
+    profile = tmp_path / "own.env"
+    profile.write_text(text)
+    done = submit("pretrain", f"PROFILE={profile}", "--dry-run")
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    return corpus.build(folder / "shards", {"text": 40}), corpus.write_tokenizer(folder / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        ("flag", "error: unknown flag --train-itres; did you mean train-iters"),
+        ("tokenizer", "error: Unable to instantiate HuggingFace AutoTokenizer for "),
+        ("blend", "error: data or tokenizer cannot be opened: "),
+        ("layout", "error: no layout for 3 to 3 nodes of 1 ranks"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_it_is_queued(tmp_path, data, spoilt, message):
+    blend, tokenizer = data
+    if spoilt == "tokenizer":
+        tokenizer = tmp_path
+    if spoilt == "blend":
+        blend = shutil.copy(blend, tmp_path)  # its relative paths now lead nowhere
+    words = ["--config", "demo", "--data-path", str(blend), "--tokenizer-model", str(tokenizer), "--eval-iters", "0"]
+    words += ["--train-itres", "5"] if spoilt == "flag" else []
+    nodes = 3 if spoilt == "layout" else 1
+    run = tmp_path / "run"
+    done = submit("pretrain", "PROFILE=cpu", f"PYTHON={sys.executable}", f"RUN={run}", f"NODES={nodes}", "--", *words)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not run.exists()
 
 
 def test_all_wrong_settings_are_named_at_once():

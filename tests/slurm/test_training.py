@@ -60,7 +60,7 @@ def submit(run: Submitted, data: dict, settings: dict | None = None, **flags: ob
 def uninterrupted(session_cluster, tmp_path_factory, data):
     """Losses and sample keys by iteration of a run to which nothing happens."""
     run = Submitted(session_cluster, Run(tmp_path_factory.mktemp("uninterrupted") / "run"))
-    submit(run, data)
+    submit(run, data, {"CHECK": "on"})
     run.await_end(200)
     assert sorted(run.losses()) == list(range(1, ITERATIONS + 1))
     assert [event["event"] for event in run.events("fallback") + run.events("save_failed")] == []
