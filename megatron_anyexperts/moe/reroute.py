@@ -19,12 +19,11 @@ from megatron_anyexperts.moe.admission import admit, best
 from megatron_anyexperts.moe.decision import RoutingDecision
 from megatron_anyexperts.moe.quotas import DispatchPlan, share_wanted, sort_rows
 
-# Independent tokens need two, tokens that all want the same experts sixteen; more gain little.
+# Independent tokens need few. Tokens that all want the same experts gain from more (at EP 8 from 1.31 to 1.18 times the
+# least lost gate mass with 32), at half as much time again.
 _PRICE_ROUNDS = 16
 # Below any value times any price, and far enough from the end of float32 for differences.
 _NONE = -1e9
-# Rounds that a GPU runs without asking the host whether slots are left.
-_UNASKED_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -113,11 +112,12 @@ def place(
     rank_E = torch.arange(ranks, device=room_P.device).repeat_interleave(local)
     for turn in count():
         missing_T = decision.routing_map_TE.sum(1) - fitted_TE.sum(1)
-        rows = _rows(missing_T > 0, asking=turn >= _UNASKED_ROUNDS)
+        # At the prices found, the first turn places nearly all: only then a GPU is waited for.
+        rows = _rows(missing_T > 0, asking=turn > 0)
         if not len(rows):
             return fitted_TE
         open_NE = _open(decision, fitted_TE, room_P, rows)
-        if turn >= _UNASKED_ROUNDS and not open_NE.any():
+        if turn > 0 and not open_NE.any():
             return fitted_TE
         net_NE = _value(decision, rows)
         if price_P is not None:
