@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
+from megatron_anyexperts import described
 from megatron_anyexperts.corpus.finish import CRUDE_CONFIG
 from megatron_anyexperts.corpus.sample import DOCUMENT_KIND, KINDS
 from megatron_anyexperts.corpus.verify import read_manifest
@@ -29,24 +30,21 @@ def _count(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, BeforeValidator(_count)]
+Count = Annotated[int, BeforeValidator(_count), Field(le=10**18)]
+"""Larger numbers than any corpus has, and whose products are still floating-point numbers, are refused."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Planned(_Section):
+class Planned(described.Section):
     """A kind of samples of a corpus that is not built yet."""
 
     samples: Count = Field(gt=0)
     bytes: Count = Field(gt=0)
     tokens: dict[str, Count]
     """Tokens by modality."""
-    shards: int = Field(1, gt=0)
+    shards: Count = Field(1, gt=0)
 
 
-class Stage(_Section):
+class Stage(described.Section):
     """A stretch of training with its own mixture."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
@@ -55,22 +53,22 @@ class Stage(_Section):
     """Corpus, or corpus/kind, and its share of the stage's tokens; shares are normalised."""
 
 
-class Training(_Section):
+class Training(described.Section):
     """What the loader has to serve."""
 
-    global_batch: int = Field(gt=0)
+    global_batch: Count = Field(gt=0)
     """Sequences per step."""
-    sequence_length: int = Field(gt=0)
+    sequence_length: Count = Field(gt=0)
     """Tokens per sequence."""
     step_seconds: float = Field(gt=0)
-    data_parallel: int = Field(1, gt=0)
+    data_parallel: Count = Field(1, gt=0)
     """Data-parallel ranks; each reads its part."""
-    ranks_per_node: int = Field(8, gt=0)
+    ranks_per_node: Count = Field(8, gt=0)
     fill: float = Field(0.95, gt=0, le=1)
     """Share of a packed sequence that holds samples."""
 
 
-class Mixture(_Section):
+class Mixture(described.Section):
     """Corpora, stages and training set-up."""
 
     corpora: dict[str, Path] = {}
@@ -145,8 +143,8 @@ def load_mixture(path: Path) -> Mixture:
         MixtureError: it is missing, is not YAML, or has an unknown key or an impossible value.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        document = described.load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise MixtureError(f"{path}: cannot read it: {error}") from None
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise MixtureError(
@@ -208,8 +206,8 @@ def plan_stage(stage: Stage, corpora: dict[str, list[Part]], training: Training)
     A share of a corpus is divided among its kinds by their tokens, so that all are repeated equally often.
 
     Raises:
-        MixtureError: a share names no known corpus or kind, is no number from 0 up, or is too small for a token of
-            the stage; all are zero; or a step holds no token.
+        MixtureError: a share names no known corpus or kind, or one without tokens, is no number from 0 up, or is too
+            small for a token of the stage; all are zero; or a step holds no token.
     """
     parts = {part.name: part for listed in corpora.values() for part in listed}
     by_name: dict[str, float] = {}
@@ -223,14 +221,19 @@ def plan_stage(stage: Stage, corpora: dict[str, list[Part]], training: Training)
                 f"stage {stage.name}: {name!r} is no corpus and no corpus/kind; known: {', '.join(known)}"
             )
         total = sum(part.total_tokens for part in chosen)
-        for part in chosen:
-            by_name[part.name] = by_name.get(part.name, 0.0) + share * part.total_tokens / total
+        if total == 0:
+            raise MixtureError(f"stage {stage.name}: {name} holds no token")
+        for part in chosen if share else ():
+            if part.total_tokens:
+                by_name[part.name] = by_name.get(part.name, 0.0) + share * (part.total_tokens / total)
     whole = sum(by_name.values())
-    if whole == 0:
+    if not by_name:
         raise MixtureError(f"stage {stage.name}: all shares are zero")
+    if whole == 0:
+        raise MixtureError(f"stage {stage.name}: the shares add up to zero in floating point; use larger ones")
     if whole == math.inf:
         raise MixtureError(f"stage {stage.name}: the shares add up to {whole:g}; only their proportions count")
-    taken = _apportion(stage.tokens, {name: share / whole for name, share in by_name.items() if share > 0})
+    taken = _apportion(stage.tokens, {name: share / whole for name, share in by_name.items()})
     if tiny := [name for name, tokens in taken.items() if tokens <= 0]:
         raise MixtureError(
             f"stage {stage.name}: share of {tiny[0]} is {by_name[tiny[0]] / whole:.3g} of {stage.tokens} tokens, less "

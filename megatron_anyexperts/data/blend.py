@@ -5,6 +5,7 @@ lie beside the shards (`part_filter`). Shards come from others, so everything bu
 is refused here, before Energon looks at it, through the same parser.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +29,7 @@ class _Plain(BaseModel):
 
 class _Reference(_Plain):
     path: str
-    weight: int | float | None = None
+    weight: int | float | None = Field(None, ge=0)
     repetitions: int | float | None = None
     subflavors: Subflavors | None = None
     dataset_config: FileName | None = None
@@ -46,6 +47,9 @@ class _Split(_Plain):
     def _one_of_both(self) -> "_Split":
         if (self.blend is None) == (self.blend_epochized is None):
             raise ValueError("a split is either a blend or a blend_epochized")
+        weights = [1 if entry.weight is None else entry.weight for entry in self.blend or ()]
+        if self.blend and not 0 < sum(weights) < math.inf:
+            raise ValueError(f"the weights of a blend add up to {sum(weights):g}; at least one must be above 0")
         return self
 
 

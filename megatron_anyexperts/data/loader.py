@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader
+from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDatasetList
 from megatron.energon.task_encoder.base import TaskEncoder
 
 from megatron_anyexperts.data import elastic, scheduled_blend, shard_reader
@@ -20,7 +21,13 @@ from megatron_anyexperts.data.blend import open_blend
 from megatron_anyexperts.data.config import DataConfig
 from megatron_anyexperts.data.encode import DocumentEncoder
 from megatron_anyexperts.data.faults import DataFeedError, ErrorBudgetExceeded, FaultLedger, Quarantine
-from megatron_anyexperts.data.mixture_schedule import MixtureSchedule, constant, dataset_name, load_schedule
+from megatron_anyexperts.data.mixture_schedule import (
+    MixtureSchedule,
+    MixtureScheduleError,
+    constant,
+    dataset_name,
+    load_schedule,
+)
 from megatron_anyexperts.data.packing import from_buffer
 from megatron_anyexperts.data.task_encoder import FeedTaskEncoder
 from megatron_anyexperts.data.vocabulary import Vocabulary
@@ -91,7 +98,7 @@ class MicrobatchLoader:
             "tokenizer": hashlib.sha256(vocabulary.fingerprint_bytes).hexdigest()[:16],
             "datasets": _describe(datasets.datasets),
         }
-        self.schedule = mixture_of(datasets.datasets, config, micro_batch_size, rows_per_step)
+        self.schedule = mixture_of(datasets, config, micro_batch_size, rows_per_step)
         self._loader = self._build(task_encoder, datasets, workers, config, endless)
         self._endless = endless
         self._iterator: Iterator[dict[str, Any]] | None = None
@@ -115,7 +122,8 @@ class MicrobatchLoader:
         )
         shard_reader.install(dataset, config.data_storage_retries, config.data_storage_backoff)
         if endless:
-            dataset = scheduled_blend.install(dataset, self.schedule)
+            by_weight = datasets.blend_mode is not DatasetBlendMode.SAMPLE_REPETITIONS
+            dataset = scheduled_blend.install(dataset, self.schedule if by_weight else None)
         loader = get_savable_loader(
             dataset,
             checkpoint_every_sec=_CHECKPOINT_SECONDS,
@@ -243,17 +251,26 @@ def describe_failure(error: Exception, dp_rank: int) -> str:
 
 
 def mixture_of(
-    datasets: list, config: DataConfig, micro_batch_size: int, rows_per_step: int | None
+    blend: LoadedDatasetList, config: DataConfig, micro_batch_size: int, rows_per_step: int | None
 ) -> MixtureSchedule:
     """The weights with which the datasets of a blend are drawn.
 
     Raises:
-        MixtureScheduleError: the schedule of `config` does not fit the blend.
+        MixtureScheduleError: the schedule of `config` does not fit the blend, or a weight of the blend cannot be drawn.
     """
-    names = [dataset_name(entry.dataset.subflavors or {}) for entry in datasets]
-    weights = [1.0 if entry.weight is None else float(entry.weight) for entry in datasets]
+    names = [dataset_name(entry.dataset.subflavors or {}) for entry in blend.datasets]
+    weights = [1.0 if entry.weight is None else float(entry.weight) for entry in blend.datasets]
+    unscheduled = constant(names, weights)
     if config.data_mixture_schedule is None:
-        return constant(names, weights)
+        if 0 in weights:
+            name = names[weights.index(0)]
+            raise MixtureScheduleError(f"{name} has weight 0 in the blend and no schedule raises it; leave it out")
+        return unscheduled
+    if blend.blend_mode is DatasetBlendMode.SAMPLE_REPETITIONS:
+        raise MixtureScheduleError(
+            f"{config.data_mixture_schedule}: the blend is a blend_epochized, which has repetitions and no weights; "
+            "use `blend` and `weight`"
+        )
     rows = micro_batch_size * config.data_streams
     return load_schedule(config.data_mixture_schedule, names, weights, rows, rows_per_step)
 

@@ -12,33 +12,34 @@ again. What counts is when a sample is *drawn*: it reaches training behind the s
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from megatron_anyexperts import described
 from megatron_anyexperts.data.faults import DataFeedError
+
+LEAST_WEIGHT = 2.0**-24
+"""Energon (7.4.1) draws in float32, whose random numbers have this step: a smaller weight may never be drawn."""
 
 
 class MixtureScheduleError(DataFeedError):
     """A schedule cannot be used; the message says what to change."""
 
 
-class _Plain(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class _Stage(_Plain):
+class _Stage(described.Section):
     at_step: int | None = Field(None, ge=0)
     at_row: int | None = Field(None, ge=0)
     over: int = Field(0, ge=0)
     weights: dict[str, float] = Field(min_length=1)
 
 
-class _File(_Plain):
+class _File(described.Section):
     stages: list[_Stage] = Field(min_length=1)
 
 
@@ -84,9 +85,36 @@ class MixtureSchedule:
 
 
 def constant(names: Sequence[str], weights: Sequence[float]) -> MixtureSchedule:
-    """The schedule of a blend that stays as it is."""
-    total = sum(weights)
-    return MixtureSchedule(tuple(names), (0,), (0,), (tuple(weight / total for weight in weights),))
+    """The schedule of a blend that stays as it is.
+
+    Raises:
+        MixtureScheduleError: a weight is negative or no number, or none can be drawn.
+    """
+    try:
+        return MixtureSchedule(tuple(names), (0,), (0,), (_normalised(names, weights),))
+    except ValueError as error:
+        raise MixtureScheduleError(f"the blend: {error}") from None
+
+
+def _normalised(names: Sequence[str], weights: Sequence[float]) -> tuple[float, ...]:
+    """Weights that add up to 1.
+
+    Raises:
+        ValueError: one is negative, no number, or too small to be drawn; or all are zero.
+    """
+    for name, weight in zip(names, weights, strict=True):
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"weights: {name}={weight:g} is negative or no number; use 0 or more")
+    whole = sum(weights)
+    if not 0 < whole < math.inf:
+        raise ValueError(f"weights {dict(zip(names, weights, strict=True))} add up to {whole:g}; use some above 0")
+    result = tuple(weight / whole for weight in weights)
+    for name, given, weight in zip(names, weights, result, strict=True):
+        if given and weight < LEAST_WEIGHT:
+            raise ValueError(
+                f"weights: {name} has {weight:.3g} of the whole, but draws resolve {LEAST_WEIGHT:.3g}; use more, or 0"
+            )
+    return result
 
 
 def load_schedule(
@@ -105,7 +133,7 @@ def load_schedule(
         MixtureScheduleError: the file cannot be read, or a stage cannot be carried out.
     """
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        document = described.load(Path(path).read_text(encoding="utf-8"))
         stages = _File.model_validate(document).stages
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise MixtureScheduleError(f"{path}: cannot read it: {error}") from None
@@ -164,15 +192,12 @@ def _by_dataset(given: dict[str, float], names: tuple[str, ...], shares: tuple[f
         chosen = [index for index, name in enumerate(names) if name == key or name.partition("/")[0] == key]
         if not chosen:
             raise ValueError(f"weights: {key!r} is no dataset of the blend; it has {', '.join(sorted(set(names)))}")
-        if weight < 0:
+        if weight < 0:  # before it is added to that of another key
             raise ValueError(f"weights: {key}={weight} is negative; use 0 or more")
         total = sum(shares[index] for index in chosen)
         for index in chosen:
             result[index] += weight * (shares[index] / total if total else 1 / len(chosen))
-    whole = sum(result)
-    if not 0 < whole < float("inf"):
-        raise ValueError(f"weights {given} add up to {whole:g}; at least one must be above 0")
-    return tuple(weight / whole for weight in result)
+    return _normalised(names, result)
 
 
 def dataset_name(subflavors: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from megatron.energon.flavors.base_dataset import SavableDataset, add_sample_res
 from megatron.energon.wrappers import BlendDataset
 from megatron.energon.wrappers.base import BaseWrapperDataset
 
-from megatron_anyexperts.data.mixture_schedule import MixtureSchedule
+from megatron_anyexperts.data.mixture_schedule import MixtureSchedule, MixtureScheduleError
 
 
 class EmittedMicrobatches(BaseWrapperDataset):
@@ -65,19 +65,48 @@ class ScheduledBlend(BlendDataset):
             if position != self._counter.emitted:
                 position = self._counter.emitted
                 weights = torch.tensor(self._schedule.weights_at(position), dtype=torch.float32) * present
-                if not weights.any():
-                    stage = self._schedule.describe(self._schedule.stage_at(position))
-                    raise RuntimeError(f"a stream has no sample of the datasets of its mixture stage: {stage}")
             index = self._worker_rng.choice_idx(probs=weights)
             yield add_sample_restore_key(next(iterators[index]), index, src=self)
 
 
-def install(dataset: SavableDataset, schedule: MixtureSchedule) -> SavableDataset:
+def install(dataset: SavableDataset, schedule: MixtureSchedule | None) -> SavableDataset:
     """Let the blend below `dataset` follow a schedule; return what stands for `dataset` then.
 
     A single dataset needs no blend and stays as it is.
+
+    Args:
+        dataset: what the streams of this rank yield.
+        schedule: None for a blend of repetitions, whose datasets end and which draws by what is left.
+
+    Raises:
+        MixtureScheduleError: a stream has no sample of the datasets of a stage.
     """
     counter = EmittedMicrobatches(dataset, dataset.worker_config)
-    if (blend := counter._find_wrapped_dataset(BlendDataset)) is not None:
+    blend = counter._find_wrapped_dataset(BlendDataset)
+    if blend is not None and schedule is not None:
+        _check_streams(blend, schedule)
         ScheduledBlend.convert(blend, schedule, counter)
     return counter
+
+
+def _check_streams(blend: BlendDataset, schedule: MixtureSchedule) -> None:
+    """Small datasets do not reach every stream: refuse stages that would leave one with nothing, name the others."""
+    config = blend.worker_config
+    streams = range(max(1, config.num_workers))
+    empty = [[dataset.len_worker(stream) == 0 for stream in streams] for dataset in blend.datasets]
+    for stage, weights in enumerate(schedule.weights):
+        used = [lacks for lacks, weight in zip(empty, weights, strict=True) if weight]
+        for stream, lacks in enumerate(zip(*used, strict=True)):
+            if all(lacks):
+                raise MixtureScheduleError(
+                    f"stream {config.rank * len(streams) + stream} of {config.world_size * len(streams)} has no sample "
+                    f"of mixture stage {stage + 1} of {len(schedule.weights)} ({schedule.describe(stage)}): their "
+                    "datasets are too small; add data or other datasets to it, or begin a run of fewer --data-streams"
+                )
+    for name, lacks in zip(schedule.names, empty, strict=True):
+        if any(lacks):
+            print(
+                f"WARNING: {name} is so small that {sum(lacks)} of the {len(streams)} streams of dp_rank={config.rank} "
+                "have no sample of it; there the other datasets of the blend take its share",
+                flush=True,
+            )

@@ -102,8 +102,8 @@ def check_mixture(args: argparse.Namespace) -> None:
         return
     config = data_config(args)
     alone = WorkerConfig(rank=0, world_size=1, num_workers=0)
-    datasets = open_blend(blend_file(args.data_path), "train", config, alone).datasets
-    mixture_of(datasets, config, args.micro_batch_size, rows_per_step(args))
+    blend = open_blend(blend_file(args.data_path), "train", config, alone)
+    mixture_of(blend, config, args.micro_batch_size, rows_per_step(args))
 
 
 def rows_per_step(args: argparse.Namespace) -> int | None:

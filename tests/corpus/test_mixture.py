@@ -112,6 +112,11 @@ def test_trillions_of_tokens_are_planned_with_warnings_about_repetition_and_few_
         ((MIXTURE, "1: 2\n"), "not a mapping"),
         ((MIXTURE, ""), "it is NoneType, not a mapping"),
         ((MIXTURE, "[" * 5000), "cannot read it"),
+        ((MIXTURE, "a: 2020-13-45"), "cannot read it: month"),
+        (("pics: 0.25", "pics: 0.25, web: 0.1"), "'web' is there twice"),
+        (("web: 0.75", "web: yes"), "stages.0.shares=.*yes is no number"),
+        (("global_batch: 1024", "global_batch: true"), "yes is no number"),
+        (("tokens: 1e9, shares", f"tokens: {10**400}, shares"), "stages.1.tokens=.*less than or equal to 10{18}"),
     ],
 )
 def test_unusable_mixtures_end_in_one_clear_message(tmp_path, change, message):

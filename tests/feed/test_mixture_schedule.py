@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_anyexperts.data.faults import DataFeedError
+from megatron_anyexperts.data.mixture_schedule import MixtureScheduleError
+from tests.feed import corpus
 from tests.feed.conftest import CONFIG
 from tests.feed.test_replay import merged, rows_of_step
 
@@ -91,3 +94,44 @@ def test_a_schedule_without_effect_changes_no_sample(make_loader, blend, schedul
     kinds = ("text", "image_text", "audio_text", "video_text", "interleaved", "chat")
     same = schedule([{"at_step": 2, "weights": dict.fromkeys(kinds, 1.0)}])
     assert replay(make_loader, blend, [(1, 5, same)])[0] == replay(make_loader, blend, [(1, 5, {})])[0]
+
+
+def test_a_blend_of_repetitions_repeats_its_datasets_as_often_as_it_says(make_loader, tmp_path, schedule):
+    counts = {"text": 72, "chat": 40}  # of which 8 are held out
+    corpus.build(tmp_path / "shards", counts)
+    blend = corpus.write_epoch_blend(tmp_path / "shards", list(counts))
+    loader = make_loader(blend, data_shuffle_buffer=0, data_packing_buffer=1)
+    keys: Counter[str] = Counter()
+    while keys.total() < 3 * 96:
+        keys.update(key for row in next(loader)["sample_keys"] for key in row)
+    assert len(keys) == 96 and max(keys.values()) <= 5 and min(keys.values()) >= 1
+    with pytest.raises(MixtureScheduleError, match="a blend_epochized, which has repetitions and no weights"):
+        make_loader(blend, **schedule(STAGES))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [(-0.5, "-0.5 is not"), (float("nan"), "nan' is not"), (0.0, "chat has weight 0"), (1e-9, "resolve 5.96e-08")],
+)
+def test_weights_of_a_blend_that_cannot_be_drawn_are_refused(make_loader, tmp_path, weight, message):
+    corpus.build(tmp_path / "shards", {"text": 16, "chat": 16})
+    with pytest.raises(DataFeedError, match=message):
+        make_loader(corpus.write_blend(tmp_path / "shards", {"text": 1.0, "chat": weight}))
+
+
+def test_a_dataset_of_weight_0_waits_for_its_stage(make_loader, tmp_path, schedule):
+    corpus.build(tmp_path / "shards", {"text": 72, "chat": 40})
+    blend = corpus.write_blend(tmp_path / "shards", {"text": 1.0, "chat": 0.0})
+    settings = schedule([{"at_step": 3, "weights": {"chat": 1.0}}])
+    steps, _ = replay(make_loader, blend, [(1, 8, settings | {"data_shuffle_buffer": 0, "data_packing_buffer": 1})])
+    kinds = [{key.partition("/")[0] for row in step for key in row} for step in steps]
+    assert kinds[0] == {"text"} and kinds[7] == {"chat"}
+
+
+def test_a_stage_that_leaves_a_stream_empty_is_refused_before_it_comes(make_loader, tmp_path, schedule, capsys):
+    corpus.build(tmp_path / "shards", {"text": 16, "chat": 4}, per_shard=2)  # 2 chats are left for 4 streams
+    blend = corpus.write_blend(tmp_path / "shards", {"text": 1.0, "chat": 1.0})
+    make_loader(blend)
+    assert "WARNING: chat is so small that 2 of the 4 streams of dp_rank=0" in capsys.readouterr().out
+    with pytest.raises(MixtureScheduleError, match=r"stream \d of 4 has no sample of mixture stage 2 of 2 \(chat 1\)"):
+        make_loader(blend, **schedule([{"at_step": 9000, "weights": {"chat": 1.0}}]))

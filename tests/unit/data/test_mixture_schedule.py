@@ -98,6 +98,9 @@ ONE = {"web": 1.0}
         ([{"at_step": 1, "weights": {"web": float("nan")}}], "stages.0.weights.web=nan"),
         ([{"at_step": 1, "weights": {"web": float("inf")}}], "stages.0.weights.web=inf"),
         ([{"at_step": 1, "weights": {"web": 1e308, "books/text": 1e308}}], "add up to inf"),
+        ([{"at_step": 1, "weights": {"web": 1, "books": 1e-9}}], "books/text has 1e-09 of the whole"),
+        ([{"at_step": True, "weights": ONE}], "stages.0.at_step=True: .*yes is no number"),
+        ([{"at_step": 1, "weights": {"web": True}}], "stages.0.weights=.*yes is no number"),
         ([{"at_step": 1, "wieghts": ONE, "weights": ONE}], "stages.0.wieghts"),
         ([{"at_row": 9, "weights": ONE}], "at=9 is row 9, no multiple of the 8 rows"),
         ([{"at_row": 8, "over": 3, "weights": ONE}], "over=3 is row 3"),
@@ -118,7 +121,7 @@ def test_steps_of_changing_size_are_no_place(tmp_path):
     assert load(tmp_path, [{"at_row": 16, "weights": ONE}], rows_per_step=None).starts == (0, 2)
 
 
-@pytest.mark.parametrize("text", ["[1", "- a", "stages: 3", "3", ""])
+@pytest.mark.parametrize("text", ["[1", "- a", "stages: 3", "3", "", "[" * 5000, "a: 2020-13-45", "&a [*a]"])
 def test_what_is_no_schedule_is_refused(tmp_path, text):
     path = tmp_path / "schedule.yaml"
     path.write_text(text)
@@ -126,6 +129,13 @@ def test_what_is_no_schedule_is_refused(tmp_path, text):
         load_schedule(path, NAMES, WEIGHTS, 8, 16)
     with pytest.raises(MixtureScheduleError, match="cannot read it"):
         load_schedule(tmp_path / "none.yaml", NAMES, WEIGHTS, 8, 16)
+
+
+def test_what_is_said_twice_is_refused_rather_than_dropped(tmp_path):
+    path = tmp_path / "schedule.yaml"
+    path.write_text("stages: [{at_step: 1, weights: {web: 0.5, books: 0.1, web: 0.2}}]")
+    with pytest.raises(MixtureScheduleError, match="'web' is there twice"):
+        load_schedule(path, NAMES, WEIGHTS, 8, 16)
 
 
 def test_datasets_are_named_by_corpus_and_kind():
