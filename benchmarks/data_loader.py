@@ -118,12 +118,12 @@ def measure(loader: Any) -> dict[str, float]:
     begin = time.perf_counter()
     microbatches = iter(loader)
     first = next(microbatches)
-    cpu, start = _cpu_seconds(), time.perf_counter()
+    cpu, start = cpu_seconds(), time.perf_counter()
     for microbatch in microbatches:
         samples += sum(map(len, microbatch["sample_keys"]))
         tokens += int((microbatch["segment_ids"] > 0).sum())
         positions += microbatch["tokens"].numel()
-    wall, cpu = time.perf_counter() - start, _cpu_seconds() - cpu
+    wall, cpu = time.perf_counter() - start, cpu_seconds() - cpu
     return {
         "samples": samples + sum(map(len, first["sample_keys"])),
         "start s": start - begin,
@@ -134,7 +134,8 @@ def measure(loader: Any) -> dict[str, float]:
     }
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
+    """CPU time of this process and of all its children."""
     # Workers may have ended and been waited for, or still live.
     ended = os.times()
     living = [process.cpu_times() for process in psutil.Process().children(recursive=True)]

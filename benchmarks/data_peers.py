@@ -9,7 +9,8 @@ reach these. Only ours can resume exactly on another number of ranks. Writers: p
 process. img2dataset's writer gets the bytes and writes; our build also decodes each picture, rejects, hashes, looks for
 duplicates, counts tokens, shuffles and writes indexes; the second row is its writing alone, from a finished scan.
 
-Repeats are interleaved and medians count. A peer that is not installed is left out with a line.
+Repeats are interleaved and medians count. CPU time is that of all processes; it hardly depends on what else runs. A
+peer that is not installed is left out with a line.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from data_loader import ONE_WORKER, PlainStream, fill_rows, measure, one_epoch
+from data_loader import ONE_WORKER, PlainStream, cpu_seconds, fill_rows, measure, one_epoch
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
@@ -46,6 +47,8 @@ from megatron_anyexperts.data.samples import Planned, SampleError
 from megatron_anyexperts.data.shard_reader import ShardReader
 from megatron_anyexperts.data.vocabulary import Vocabulary
 from megatron_anyexperts.media import MediaShape
+
+RATES = ("samples/s", "samples/CPU s")
 
 
 def installed(package: str) -> bool:
@@ -173,10 +176,11 @@ def img2dataset_writer(pictures: list[tuple[str, bytes, str]], folder: Path) -> 
     """What img2dataset does with pictures that it has downloaded and need no scaling."""
     import pyarrow
 
-    # Its package imports the downloader with all that it needs; the writer alone needs none of it.
-    package = types.ModuleType("img2dataset")
-    package.__path__ = list(importlib.util.find_spec("img2dataset").submodule_search_locations)
-    sys.modules["img2dataset"] = package
+    if "img2dataset" not in sys.modules:
+        # Its package imports the downloader with all that it needs; the writer alone needs none of it.
+        package = types.ModuleType("img2dataset")
+        package.__path__ = list(importlib.util.find_spec("img2dataset").submodule_search_locations)
+        sys.modules["img2dataset"] = package
     from img2dataset.writer import WebDatasetSampleWriter
 
     folder.mkdir()
@@ -198,13 +202,15 @@ def compare_writers(args: argparse.Namespace) -> dict[str, list[dict[str, float]
         corpus = load_corpus(description, root)
 
         def rate(title: str, work: Callable[[], Any]) -> None:
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), cpu_seconds()
             work()
-            results[title].append({"samples/s": len(pictures) / (time.perf_counter() - start)})
+            wall, cpu = time.perf_counter() - start, cpu_seconds() - cpu
+            results[title].append({"samples/s": len(pictures) / wall, "samples/CPU s": len(pictures) / cpu})
 
+        theirs = installed("img2dataset")
         for repeat in range(args.repeats):
             peer, output = root / f"peer{repeat}", root / f"ours{repeat}"
-            if repeat or installed("img2dataset"):
+            if theirs:
                 rate("img2dataset's writer", lambda peer=peer: img2dataset_writer(pictures, peer))
             whole = lambda output=output: build(corpus, output, Share(), workers=0, quiet=True)  # noqa: E731
             rate("our build, whole", whole)
@@ -216,13 +222,17 @@ def compare_writers(args: argparse.Namespace) -> dict[str, list[dict[str, float]
 
 
 def show(results: dict[str, list[dict[str, float]]], reference: str) -> None:
-    """Print medians, ranges and the ratio to the reference."""
-    base = statistics.median(run["samples/s"] for run in results[reference]) if reference in results else None
-    print(f"{'':40}{'samples/s':>12}{'lowest':>10}{'highest':>10}{'ratio':>8}")
+    """Print medians, lowest and highest of both rates, and their ratios to the reference."""
+    header = "".join(f"{name:>16}{'lowest':>9}{'highest':>9}{'ratio':>7}" for name in RATES)
+    print(f"{'':40}{header}")
     for title, runs in results.items():
-        rates = [run["samples/s"] for run in runs]
-        ratio = f"{statistics.median(rates) / base:8.2f}" if base else f"{'-':>8}"
-        print(f"{title:40}{statistics.median(rates):12.1f}{min(rates):10.1f}{max(rates):10.1f}{ratio}")
+        line = f"{title:40}"
+        for name in RATES:
+            rates = [run[name] for run in runs]
+            base = statistics.median(run[name] for run in results[reference]) if reference in results else float("nan")
+            middle = statistics.median(rates)
+            line += f"{middle:16.1f}{min(rates):9.1f}{max(rates):9.1f}{middle / base:7.2f}"
+        print(line)
 
 
 def main() -> None:
