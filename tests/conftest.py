@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it for tensor parallelism
@@ -10,6 +11,10 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it
 from megatron_anyexperts.platform import cpu
 
 cpu.bridge()
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # Folders whose fixtures are made once a session: a Slurm cluster, whose ports are fixed, and shards with a tokenizer.
 TOGETHER = ("tests/slurm", "tests/feed")

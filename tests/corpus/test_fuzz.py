@@ -24,7 +24,7 @@ from megatron_anyexperts.data.decoder_process import DecoderProcess
 from tests import deadly
 from tests.corpus.raw import corpus_of, data_url, mp4, png, tree_bytes, wav, write, write_lines
 
-FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 STARTS = {"image": png(1), "audio": wav(1), "video": mp4(1)}
 

@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from hypothesis import given, reject, settings
+from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from megatron_anyexperts.corpus.mixture import (
@@ -30,7 +30,6 @@ def part(corpus, kind, samples, tokens):
 PARTS = st.tuples(st.integers(1, 10**9), st.integers(1, 10**12))
 
 
-@settings(deadline=None)
 @given(
     sizes=st.lists(PARTS, min_size=1, max_size=5),
     shares=st.lists(st.floats(0.001, 1000), min_size=5, max_size=5),

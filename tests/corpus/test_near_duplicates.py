@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
@@ -51,7 +51,6 @@ def test_a_recompressed_image_is_left_out_but_captions_in_other_languages_stay(t
     assert manifest["samples"] == 4 and manifest["rejected"] == {"near-duplicate image": 2}
 
 
-@settings(deadline=None)
 @given(
     bases=st.lists(st.integers(1, 2**64 - 1), min_size=1, max_size=6),
     flips=st.lists(st.tuples(st.integers(0, 5), st.sets(st.integers(0, 63), max_size=6)), max_size=12),

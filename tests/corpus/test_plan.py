@@ -34,7 +34,7 @@ def scan_of(rows) -> Scan:
 SCANS = st.lists(st.lists(ROW, max_size=12), max_size=6).map(lambda chunks: [scan_of(rows) for rows in chunks])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(scans=SCANS, seed=st.integers(-9, 9), exact=st.booleans(), most=st.integers(1, 7), size=st.integers(1, 2000))
 def test_every_sample_is_in_one_shard_or_a_duplicate(scans, seed, exact, most, size):
     corpus = CORPUS.model_copy(
@@ -67,7 +67,6 @@ def test_every_sample_is_in_one_shard_or_a_duplicate(scans, seed, exact, most, s
     assert [shard.digest for shard in again.shards] == [shard.digest for shard in plan.shards]
 
 
-@settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 50), max_size=60), most=st.integers(1, 9), size=st.integers(1, 120))
 def test_cutting_covers_everything_and_closes_a_shard_only_when_the_next_sample_does_not_fit(sizes, most, size):
     slices = cut(np.array(sizes, dtype=np.int64), Shards(max_samples=most, max_bytes=size))
@@ -77,7 +76,6 @@ def test_cutting_covers_everything_and_closes_a_shard_only_when_the_next_sample_
         assert len(held) == most or sum(held) + sizes[following.start] > size
 
 
-@settings(deadline=None)
 @given(pairs=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=40))
 def test_occurrences_count_earlier_equals(pairs):
     high, low = (np.array([pair[i] for pair in pairs], dtype=np.uint64) for i in (0, 1))
@@ -100,7 +98,7 @@ def test_another_seed_gives_another_order_of_the_same_samples():
     assert order(0) != order(1) and sorted(order(0)) == sorted(order(1))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     groups=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=12), fraction=st.sampled_from([0, 0.01, 0.5, 0.9])
 )

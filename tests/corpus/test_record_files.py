@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_anyexperts.corpus.sample import Rejected
@@ -77,7 +77,6 @@ class Trickle(io.BytesIO):
         return super().read1(self.step)
 
 
-@settings(deadline=None)
 @given(values=st.lists(JSON, min_size=1), indent=st.none() | st.integers(0, 2), step=st.integers(1, 5))
 def test_elements_of_an_array_are_those_that_a_parser_finds(values, indent, step):
     document = json.dumps(values, indent=indent, ensure_ascii=False).encode()

@@ -4,7 +4,7 @@ import csv
 import io
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_anyexperts.corpus.sample import Rejected
@@ -32,7 +32,6 @@ def test_quotes_of_a_tsv_are_text():
 TEXT = st.text(st.sampled_from('ab "\t\n,'), max_size=12)
 
 
-@settings(deadline=None)
 @given(rows=st.lists(st.tuples(TEXT, TEXT, TEXT).filter(any), min_size=1), separator=st.sampled_from("\t,"))
 def test_what_the_csv_module_writes_with_a_quoted_header_is_read_back(rows, separator):
     buffer = io.StringIO()
@@ -41,7 +40,6 @@ def test_what_the_csv_module_writes_with_a_quoted_header_is_read_back(rows, sepa
     assert read(buffer.getvalue(), separator, quotes) == [dict(zip("xyz", row, strict=True)) for row in rows]
 
 
-@settings(deadline=None)
 @given(rows=st.lists(st.tuples(*[st.text(st.sampled_from('ab "'), max_size=9).filter(lambda t: '""' not in t)] * 2)))
 def test_every_line_of_an_unquoted_tsv_is_a_row(rows):
     rows = [("k" + key, text) for key, text in rows]

@@ -21,7 +21,7 @@ from megatron_anyexperts.media import MediaShape
 from tests.corpus.media import encoded_audio, encoded_video, tone
 from tests.feed import corpus
 
-FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ANY_LENGTH = Limits(min_seconds=0.001, min_side=1)
 TEXT_FIELD = {"image": "caption", "audio": "transcript", "video": "caption"}
 

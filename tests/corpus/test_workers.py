@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_anyexperts.corpus.workers import PATIENCE_SECONDS, Handled, Share, in_turn, run_tasks
 
 
-@settings(deadline=None)
 @given(count=st.integers(0, 40), parts=st.integers(1, 9), data=st.data())
 def test_every_participant_would_do_everything_its_own_share_first(count, parts, data):
     share = Share(data.draw(st.integers(0, parts - 1)), parts)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState
 from megatron.energon.state import FlexState
@@ -25,7 +25,6 @@ def save(streams: int, dp_size: int, rounds: int = 3) -> dict:
     return elastic.merge_states([elastic.split_state(rank, rounds) for rank in ranks], {"seed": 1}, 2, STAGES)
 
 
-@settings(deadline=None)
 @given(STREAMS, st.data())
 def test_dealing_out_gives_each_rank_its_streams_whoever_saved(streams, data):
     sizes = st.sampled_from(elastic.valid_dp_sizes(streams))
@@ -36,7 +35,6 @@ def test_dealing_out_gives_each_rank_its_streams_whoever_saved(streams, data):
     assert all(rank.next_worker_id == 0 and rank.micro_batch_size == 2 for rank in dealt)
 
 
-@settings(deadline=None)
 @given(STREAMS, st.data())
 def test_the_stored_state_is_the_same_for_every_layout(streams, data):
     sizes = st.sampled_from(elastic.valid_dp_sizes(streams))
@@ -51,7 +49,6 @@ def test_a_state_passes_through_a_safe_load(tmp_path):
     assert elastic.rank_state(state, {"seed": 1}, 0, 1, STAGES).worker_states[3].offset == 3
 
 
-@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_streams_divide_or_the_error_lists_sizes_that_work(streams, dp_size):
     if streams % dp_size == 0:
@@ -61,7 +58,6 @@ def test_streams_divide_or_the_error_lists_sizes_that_work(streams, dp_size):
         elastic.streams_per_rank(streams, dp_size)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 500), st.integers(1, 8), STREAMS)
 def test_a_step_consumes_whole_rounds_or_is_refused_with_a_size_that_does(global_batch, micro_batch, streams):
     if global_batch % (micro_batch * streams) == 0:

@@ -90,7 +90,7 @@ def test_quoted_special_tokens_stay_text(encoder, vocabulary):
     assert (planned.modality == TEXT).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 700), st.integers(8, 100))
 def test_cutting_long_text_loses_and_repeats_no_target(vocabulary, words, seq_length):
     config = dataclasses.replace(CONFIG, data_image_min_patches=1, data_image_max_patches=4, data_video_max_patches=4)

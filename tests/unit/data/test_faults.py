@@ -1,7 +1,7 @@
 import logging
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_anyexperts.data.config import DataConfig
@@ -9,7 +9,6 @@ from megatron_anyexperts.data.faults import ErrorBudgetExceeded, FaultLedger, Qu
 from megatron_anyexperts.data.samples import SampleError
 
 
-@settings(deadline=None)
 @given(st.integers(0, 5000), st.integers(0, 100_000), st.integers(0, 200), st.floats(0, 1))
 def test_a_stop_needs_a_spent_total_or_a_rate_over_enough_samples(lost, seen, budget, rate):
     reason = over_budget(lost, seen, budget, rate)

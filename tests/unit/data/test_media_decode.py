@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_anyexperts.data import media_decode, media_speech
@@ -9,7 +9,6 @@ from megatron_anyexperts.data.media_stream import Sound
 from tests.feed import corpus
 
 
-@settings(deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([(28, 14), (14, 14), (32, 16)]))
 def test_fitted_sizes_are_multiples_within_the_limits(height, width, geometry):
     multiple, patch = geometry
@@ -18,7 +17,6 @@ def test_fitted_sizes_are_multiples_within_the_limits(height, width, geometry):
     assert rows * columns // patch**2 <= 1024
 
 
-@settings(deadline=None)
 @given(st.integers(200, 1500), st.integers(200, 1500))
 def test_ordinary_pictures_keep_their_aspect(height, width):
     rows, columns = media_decode.fit_grid(height, width, 28, 14, 16, 1024)
@@ -72,7 +70,6 @@ def test_a_tone_lights_its_mel_bin():
     assert log_mel(np.zeros(400, np.float32), 80).shape == (2, 80)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 400), st.floats(0.5, 30), st.floats(0.1, 10), st.integers(1, 32))
 def test_sampled_frames_ascend_within_the_budget(count, rate, fps, budget):
     frames = media_decode.sample_frames([index / rate for index in range(count)], fps, budget)

@@ -64,7 +64,7 @@ def test_row_order_is_a_permutation_that_depends_on_keys_alone(keys):
     assert [keys[::-1][i] for i in swapped] == [keys[i] for i in order]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6))
 def test_documents_stay_apart_in_a_row(lengths):
     samples = [sample(chr(97 + i), length) for i, length in enumerate(lengths)]

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import webdataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors import BaseWebdatasetFactory
@@ -26,7 +26,6 @@ def tar_bytes(members: list[tuple[str, bytes]], form: int) -> bytes:
     return buffer.getvalue()
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(NAME, st.binary(max_size=1200)), max_size=5),
     st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
@@ -37,7 +36,6 @@ def test_members_are_those_that_tarfile_sees(members, form, folder):
     assert parse_members(tar_bytes(members, form)) == members
 
 
-@settings(deadline=None)
 @given(st.binary(min_size=512, max_size=2000))
 def test_garbage_is_an_error_not_a_sample(garbage):
     if not any(garbage[:512]):

@@ -1,7 +1,7 @@
 """The tokenizer: trained deterministically, lossless, complete in special tokens, usable by transformers."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -24,7 +24,6 @@ def test_the_same_texts_give_the_same_files(directory, tmp_path):
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
-@settings(deadline=None)
 @given(text=st.text())
 def test_any_text_survives_and_never_becomes_a_special_token(directory, text):
     vocabulary = Vocabulary(directory)

@@ -29,7 +29,7 @@ grid = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
 
 
 @given(grids=st.lists(grid, min_size=1, max_size=4), merge=st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_layout_is_a_permutation_that_brings_merged_patches_together(grids, merge):
     grids = [(t, h * merge, w * merge) for t, h, w in grids]
     order, positions, frame_lengths = merged_layout(torch.tensor(grids), merge)
@@ -75,7 +75,7 @@ def test_vision_names_the_counts_that_disagree(model):
 
 
 @given(lengths=st.lists(st.integers(1, 21), min_size=1, max_size=4))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_clips_encode_alike_alone_and_together(make_encoders, lengths):
     audio = make_encoders.audio
     counts = [SHAPE.audio_token_count(length) for length in lengths]

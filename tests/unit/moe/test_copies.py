@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -50,7 +50,6 @@ def _load(counts_SE, plan, ranks):
     return load_P
 
 
-@settings(deadline=None)
 @given(demands(), st.integers(0, 4), st.sampled_from([0.0, 0.02, 0.05, 0.3]))
 def test_flows_are_whole_numbers_that_carry_every_slot_to_the_owner_or_a_copy(demand, per_rank, eps):
     counts, ranks = demand
@@ -67,7 +66,6 @@ def test_flows_are_whole_numbers_that_carry_every_slot_to_the_owner_or_a_copy(de
     assert (plan.flow_GS.sum(1)[plan.rank_G != owner_G] > 0).all()
 
 
-@settings(deadline=None)
 @given(demands(), st.integers(0, 4), st.sampled_from([0.0, 0.02, 0.05, 0.3]))
 def test_no_rank_is_over_the_cap_of_the_plan_and_none_is_worse_off_than_the_fullest_was(demand, per_rank, eps):
     counts, ranks = demand
@@ -79,7 +77,6 @@ def test_no_rank_is_over_the_cap_of_the_plan_and_none_is_worse_off_than_the_full
         assert plan.copies == 0
 
 
-@settings(deadline=None)
 @given(demands(), st.integers(1, 4))
 def test_slots_stay_on_their_source_where_that_holds_a_copy(demand, per_rank):
     counts, ranks = demand
@@ -92,7 +89,6 @@ def test_slots_stay_on_their_source_where_that_holds_a_copy(demand, per_rank):
         assert plan.flow_GS[target, home].sum() >= min(takes, counts[home, expert].sum())
 
 
-@settings(deadline=None)
 @given(demands(), st.integers(1, 4))
 def test_the_plan_does_not_depend_on_memory_layout_or_on_what_was_planned_before(demand, per_rank):
     counts, ranks = demand
@@ -103,7 +99,6 @@ def test_the_plan_does_not_depend_on_memory_layout_or_on_what_was_planned_before
     assert first.cap == again.cap
 
 
-@settings(deadline=None)
 @given(demands())
 def test_a_place_for_every_expert_reaches_any_cap(demand):
     counts, ranks = demand

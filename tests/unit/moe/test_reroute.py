@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.sparse import csr_matrix
@@ -78,7 +78,6 @@ def test_gates_follow_the_slots_and_virtual_slots_keep_theirs(problem):
     torch.testing.assert_close(fitted.displaced_gate_T, expected)
 
 
-@settings(deadline=None)
 @given(problems())
 def test_a_slot_becomes_virtual_only_if_no_eligible_expert_has_room(problem):
     decision, quota, room, k_max = problem
@@ -174,7 +173,6 @@ def test_identical_tokens_fill_every_rank_and_none_becomes_virtual():
     assert sum(fit.displaced for fit in fitted) == 0
 
 
-@settings(deadline=None)
 @given(
     st.integers(2, 6), st.integers(1, 3), st.integers(0, 12), st.sampled_from([0.0, 0.05, 0.3]), st.integers(0, 2**32)
 )

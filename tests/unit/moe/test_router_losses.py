@@ -28,7 +28,7 @@ def gradient(case: str, mask_SB: torch.Tensor | None, **options) -> torch.Tensor
 
 @pytest.mark.parametrize("case", CASES)
 @given(st.integers(0, 10**6), st.integers(0, 12), st.sampled_from([0, 1, 3, 17, 40]))
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 def test_a_microbatch_weighs_its_targets(world, case, seed, padded, targets):
     """The gradient per target does not depend on how many targets there are, nor on where they are."""
     generator = torch.Generator().manual_seed(seed)

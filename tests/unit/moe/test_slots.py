@@ -33,7 +33,7 @@ def best_eligible(real: list[float], virtual: list[float], slots: int, rho_max: 
 
 
 @given(seeds, st.integers(1, 9), shares, st.sampled_from([3, 1000]))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_entries_below_k_are_the_best_k_eligible_columns_for_every_k(seed, k_max, rho_max, levels):
     cap = virtual_cap(k_max, rho_max)
     real, virtual = scores(seed, 5, k_max, cap, levels)
@@ -45,7 +45,7 @@ def test_entries_below_k_are_the_best_k_eligible_columns_for_every_k(seed, k_max
 
 
 @given(seeds, st.integers(1, 9), shares)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_each_further_slot_adds_one_column_and_takes_none_away(seed, k_max, rho_max):
     cap = virtual_cap(k_max, rho_max)
     real, virtual = scores(seed, 7, k_max, cap, 4)
@@ -65,7 +65,6 @@ def test_the_cap_is_exact_where_floating_point_is_not():
 
 
 @given(seeds, st.integers(1, 6), st.integers(0, 6), st.floats(-1, 1), st.sampled_from(["fractional", "none"]))
-@settings(deadline=None)
 def test_integer_slots_stay_in_range(seed, k_min, span, offset, gradient):
     importance = torch.rand(50, generator=torch.Generator().manual_seed(seed))
     slots = integer_slots(soft_slots(importance, offset, k_min, k_min + span), gradient)
@@ -74,7 +73,6 @@ def test_integer_slots_stay_in_range(seed, k_min, span, offset, gradient):
 
 
 @given(seeds, st.integers(1, 4), st.integers(0, 5), st.floats(0, 1.5))
-@settings(deadline=None)
 def test_trim_keeps_the_budget_the_floor_and_the_important(seed, k_min, span, share):
     generator = torch.Generator().manual_seed(seed)
     slots = torch.randint(k_min, k_min + span + 1, (40,), generator=generator)
