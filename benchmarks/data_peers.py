@@ -5,7 +5,7 @@
 
 Loaders: plain webdataset, LitData and MosaicML Streaming read the same samples, each in its own format, shuffled, with
 one worker; all then cook, tokenize, decode, pack and collate with the same functions, so they differ in how samples
-reach these. Only ours can resume exactly on another number of ranks. Writers: pictures with captions from a folder, one
+reach these. Writers: pictures with captions from a folder, one
 process. img2dataset's writer gets the bytes and writes; our build also decodes each picture, rejects, hashes, looks for
 duplicates, counts tokens, shuffles and writes indexes; the second row is its writing alone, from a finished scan.
 
