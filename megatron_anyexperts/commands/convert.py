@@ -1,7 +1,7 @@
 """Convert weights of BailingMoeV2 models (Ling 2.0) between Hugging Face and this project's checkpoints.
 
     anyexperts convert import --hf DIR --output CHECKPOINT
-    anyexperts convert export --load CHECKPOINT --hf-config DIR/config.json --output DIR
+    anyexperts convert export --run-dir RUN --hf-config DIR/config.json --output DIR
 
 One process without a GPU; memory holds one tensor on import and one layer on export. Exit code 2: refused, with a
 list of the tensors that do not fit.
@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.training.arguments import UsageError
 from megatron_anyexperts.weights.conversion import export_weights, import_weights
 
@@ -22,7 +23,9 @@ def parser() -> argparse.ArgumentParser:
     importing = commands.add_parser("import", help="Hugging Face directory to checkpoint")
     importing.add_argument("--hf", type=Path, required=True, help="directory with config.json and *.safetensors")
     exporting = commands.add_parser("export", help="checkpoint to Hugging Face directory")
-    exporting.add_argument("--load", type=Path, required=True, help="checkpoint directory")
+    source = exporting.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run-dir", type=Path, help="run directory; its newest checkpoint is taken")
+    source.add_argument("--load", type=Path, help="checkpoint directory instead")
     exporting.add_argument("--hf-config", type=Path, required=True, help="config.json of the architecture")
     for command in (importing, exporting):
         command.add_argument("--output", "--save", dest="save", type=Path, required=True, help="new directory")
@@ -37,7 +40,8 @@ def main(cli: list[str] | None = None) -> int:
             import_weights(chosen.hf, chosen.save)
             print(f"checkpoint: {chosen.save} (use --load; the model's flags are in {chosen.save / 'model.yaml'})")
         else:
-            files = export_weights(chosen.load, chosen.hf_config, chosen.save)
+            source = chosen.load or Run(chosen.run_dir).checkpoints
+            files = export_weights(source, chosen.hf_config, chosen.save)
             print(f"{len(files)} weight files: {chosen.save}")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

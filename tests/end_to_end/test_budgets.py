@@ -1,4 +1,4 @@
-"""A trained checkpoint runs under other slot budgets without training, and its video frames can be drawn."""
+"""The directory of a run is all that tools need: other slot budgets, answers, pictures of its video frames."""
 
 import json
 from dataclasses import dataclass
@@ -9,23 +9,23 @@ import pytest
 from megatron_anyexperts.data.tokenizer import train_tokenizer
 from megatron_anyexperts.evaluation.budgets import Budget
 from megatron_anyexperts.training.arguments import UsageError
-from tests.end_to_end.launch import ROOT, TINY, pretrain, start_ranks
+from tests.end_to_end.launch import ROOT, pretrain, start_ranks
 from tests.feed import corpus as small_corpus
 
 COMMAND = ROOT / "pretrain/evaluate_budgets.py"
 PICTURES = ROOT / "pretrain/show_routing.py"
+GENERATE = ROOT / "pretrain/generate.py"
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run on a corpus that holds video as well, and the flags that find both again."""
+    """A run on a corpus that holds video as well."""
 
     run_dir: Path
-    flags: list[str]
 
     def call(self, entry: Path, *words: str, ranks: int = 1) -> tuple[int, str]:
-        """Run a command on the checkpoint; returns exit code and output of all ranks."""
-        processes = start_ranks(entry, ranks, [*self.flags, *words])
+        """Run a command on the run's directory; returns exit code and output of all ranks."""
+        processes = start_ranks(entry, ranks, ["--run-dir", str(self.run_dir), *words])
         outputs = [process.communicate(timeout=300)[0] for process in processes]
         return max(process.returncode for process in processes), "\n".join(outputs)
 
@@ -38,8 +38,7 @@ def trained(tmp_path_factory) -> Trained:
     train_tokenizer([small_corpus.prose(index, 30) for index in range(200)], 512, folder / "tokenizer")
     spread = ("--train-iters", "40", "--save-interval", "40", "--anyexperts-spread-loss-coeff", "1.0")
     pretrain(folder, folder / "run", *spread)
-    paths = ["--data-path", str(folder / "shards/blend.yaml"), "--tokenizer-model", str(folder / "tokenizer")]
-    return Trained(folder / "run", ["--config", str(TINY), "--run-dir", str(folder / "run"), *paths])
+    return Trained(folder / "run")
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +107,16 @@ def test_an_impossible_request_is_refused_with_the_limit(trained, words, message
 
 
 def test_pictures_show_video_frames(trained):
-    [process] = start_ranks(PICTURES, 1, ["--run-dir", str(trained.run_dir)])
-    output, code = process.communicate(timeout=300)[0], process.returncode
+    code, output = trained.call(PICTURES)
     assert code == 0, output[-4000:]
     assert (trained.run_dir / "pictures/frames.png").stat().st_size > 10_000
+
+
+def test_an_answer_needs_the_run_alone(trained):
+    code, output = trained.call(GENERATE, "--prompt", "a small red boat", "--max-new-tokens", "2", "--json")
+    assert code == 0, output[-4000:]
+    answer = json.loads(output.splitlines()[-1])["answer"]
+    assert 1 <= len(answer) <= 2 and all(1 <= token["slots"] <= 3 for token in answer[:-1])
 
 
 def test_a_budget_is_read_from_its_parts():

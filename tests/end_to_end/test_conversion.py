@@ -80,7 +80,7 @@ def upcycled(corpus: Path, proxies: dict[Path, Finished], tmp_path_factory) -> P
     """The trained fixed proxy as a dynamic one: weights without a training state."""
     folder, config = tmp_path_factory.mktemp("upcycled"), tmp_path_factory.mktemp("config") / "on_gpus.yaml"
     config.write_text(f"base: {DYNAMIC}\n{ON_GPUS}" + "".join(f"{key}: null\n" for key in ONLY_ON_CPU))
-    words = ("--tokenizer-model", corpus / "tokenizer", "--load", proxies[FIXED].run.checkpoints, "--save", folder)
+    words = ("--tokenizer-model", corpus / "tokenizer", "--run-dir", proxies[FIXED].run.root, "--save", folder)
     refused = run("upcycle.py", "--config", config, *words, "--rotary-base", "500", code=2)
     assert "--rotary-base 600000 in the checkpoint, 500 now" in refused
     run("upcycle.py", "--config", config, *words)
@@ -116,14 +116,15 @@ def test_upcycled_model_goes_on_without_a_jump(
 def test_converter_imports_refuses_and_exports_from_the_command_line(tmp_path: Path):
     weights = random_weights(TINY)
     write(tmp_path / "hf", TINY, weights)
-    run("convert_checkpoint.py", "import", "--hf", tmp_path / "hf", "--save", tmp_path / "ours")
-    assert yaml.safe_load((tmp_path / "ours/model.yaml").read_text())["num-experts"] == TINY["num_experts"]
+    ours = tmp_path / "ours/checkpoints"
+    run("convert_checkpoint.py", "import", "--hf", tmp_path / "hf", "--save", ours)
+    assert yaml.safe_load((ours / "model.yaml").read_text())["num-experts"] == TINY["num_experts"]
     config = tmp_path / "hf/config.json"
     run(
         *(
             "convert_checkpoint.py",
             "export",
-            "--load",
+            "--run-dir",
             tmp_path / "ours",
             "--hf-config",
             config,

@@ -152,6 +152,12 @@ def test_training_commands_of_the_gpu_page_are_valid(monkeypatch):
         assert doctor.refused_by_training(args, int(ranks), complete=True) is None, flags
 
 
+def test_a_run_is_checked_by_its_directory(capsys, tmp_path):
+    (tmp_path / "config.yaml").write_text("base: demo\nanyexperts-k-min: 5\n")
+    assert doctor.main(["--run-dir", str(tmp_path)]) == 1
+    assert "anyexperts_k_min=5" in capsys.readouterr().err
+
+
 def test_command_without_configuration_only_reports(capsys):
     assert doctor.main([]) == 0
     assert capsys.readouterr().out == doctor.report(doctor.inspect_installation()) + "\n"

@@ -3,7 +3,9 @@
 When a test of a fault fails, the installed release has cured it: remove the repair.
 """
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +36,11 @@ def test_padding_returns_each_bucket_to_its_offset(buckets):
     padded = expand_to_padded_offsets(compact, offsets, sizes, end)
     assert torch.equal(torch.cat([padded[o : o + s] for o, s in zip(offsets, sizes, strict=True)]), compact)
     assert padded.sum() == compact.sum()
+
+
+def test_every_repair_has_its_fault_below():
+    tried = re.findall(r'"([A-Z]\w+\.\w+)"', Path(__file__).read_text())
+    assert sorted(tried) == sorted(f"{repair.owner.__name__}.{repair.attribute}" for repair in REPAIRS)
 
 
 @pytest.fixture
