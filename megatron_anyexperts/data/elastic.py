@@ -13,7 +13,7 @@ from megatron.energon.savable_loader import SavableDataLoaderState
 
 from megatron_anyexperts.data import plain_state
 
-VERSION = 3  # 1 held pickles, which run code when they are read; 2 did not count microbatches
+VERSION = 4  # 1 held pickles, which run code when they are read; 2 counted no microbatches, 3 no stages to come
 
 
 def valid_dp_sizes(streams: int) -> list[int]:
@@ -86,7 +86,7 @@ def has_ended(stream: bytes) -> bool:
 
 
 def merge_states(
-    ranks: list[RankState], fingerprint: dict[str, Any], micro_batch_size: int, mixture: list[list[Any]]
+    ranks: list[RankState], fingerprint: dict[str, Any], micro_batch_size: int, mixture: dict[str, Any]
 ) -> dict[str, Any]:
     """Join the states of all ranks, in rank order, into one for the checkpoint.
 
@@ -94,7 +94,7 @@ def merge_states(
         ranks: in rank order.
         fingerprint: the settings that must not change.
         micro_batch_size: rows of a microbatch.
-        mixture: the stages of the mixture that have begun; see `MixtureSchedule.begun`.
+        mixture: the schedule of the mixture, as plain values.
 
     Returns:
         Plain values, and under ``streams`` one uint8 tensor per stream (empty list at the start of a run).
@@ -128,7 +128,7 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
 
 
 def rank_state(
-    state: dict[str, Any], fingerprint: dict[str, Any], dp_rank: int, dp_size: int, mixture: list[list[Any]]
+    state: dict[str, Any], fingerprint: dict[str, Any], dp_rank: int, dp_size: int
 ) -> SavableDataLoaderState | None:
     """Deal a merged state out to one rank of any layout.
 
@@ -136,7 +136,6 @@ def rank_state(
         state: what `merge_states` returned.
         fingerprint: the settings of now.
         dp_rank, dp_size: place in the layout of now.
-        mixture: the stages that the schedule of now says have begun.
 
     Returns:
         What Energon's loader restores from; None at the start of a run.
@@ -155,11 +154,6 @@ def rank_state(
             "the data settings differ from those of the checkpoint, so its position in the data is meaningless:\n  "
             + "\n  ".join(changed)
             + "\nrestore these settings, or start the data anew without loading the data state"
-        )
-    if state["mixture"] != mixture:
-        raise ValueError(
-            f"stages of the mixture schedule that have begun are others than in the checkpoint: {state['mixture']} "
-            f"then, {mixture} now (each: round, rounds to reach it, weights); restore them, stages to come may change"
         )
     workers = [plain_state.loads(stream.numpy().tobytes()) for stream in state["streams"]]
     if not workers:

@@ -1,5 +1,6 @@
 """The training loader of one data-parallel rank: endless microbatches, and state that any layout can resume."""
 
+import functools
 import gc
 import hashlib
 import json
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader
-from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDatasetList
 from megatron.energon.task_encoder.base import TaskEncoder
 
 from megatron_anyexperts.data import elastic, scheduled_blend, shard_reader
@@ -21,13 +21,7 @@ from megatron_anyexperts.data.blend import open_blend
 from megatron_anyexperts.data.config import DataConfig
 from megatron_anyexperts.data.encode import DocumentEncoder
 from megatron_anyexperts.data.faults import DataFeedError, ErrorBudgetExceeded, FaultLedger, Quarantine
-from megatron_anyexperts.data.mixture_schedule import (
-    MixtureSchedule,
-    MixtureScheduleError,
-    constant,
-    dataset_name,
-    load_schedule,
-)
+from megatron_anyexperts.data.mixture_schedule import MixtureScheduleError
 from megatron_anyexperts.data.packing import from_buffer
 from megatron_anyexperts.data.task_encoder import FeedTaskEncoder
 from megatron_anyexperts.data.vocabulary import Vocabulary
@@ -54,9 +48,11 @@ class MicrobatchLoader:
             use weights.
         quarantine: file that lists samples which killed a decoder, for all ranks and restarts of a run.
         rows_per_step: global batch size, by which a mixture schedule counts steps; None when it changes.
+        announces: False on processes that read the same as another one: stages of the mixture are said once.
 
     Raises:
         FileNotFoundError: blend or tokenizer are missing.
+        MixtureScheduleError: the weights of the blend, or its schedule, cannot be followed.
         ValueError: `dp_size` does not divide the streams, or media limits exceed the row.
     """
 
@@ -74,6 +70,7 @@ class MicrobatchLoader:
         endless: bool = True,
         quarantine: Path | None = None,
         rows_per_step: int | None = None,
+        announces: bool = True,
     ) -> None:
         self._streams = elastic.streams_per_rank(config.data_streams, dp_size)
         self._micro_batch_size, self._dp_rank, self._dp_size = micro_batch_size, dp_rank, dp_size
@@ -98,7 +95,10 @@ class MicrobatchLoader:
             "tokenizer": hashlib.sha256(vocabulary.fingerprint_bytes).hexdigest()[:16],
             "datasets": _describe(datasets.datasets),
         }
-        self.schedule = mixture_of(datasets, config, micro_batch_size, rows_per_step)
+        self._announces = announces and dp_rank == 0
+        self._rows_per_step = rows_per_step
+        self._mixture_at = functools.partial(scheduled_blend.mixture_of, datasets, config, micro_batch_size)
+        self.schedule = self._mixture_at(rows_per_step)
         self._loader = self._build(task_encoder, datasets, workers, config, endless)
         self._endless = endless
         self._iterator: Iterator[dict[str, Any]] | None = None
@@ -122,7 +122,7 @@ class MicrobatchLoader:
         )
         shard_reader.install(dataset, config.data_storage_retries, config.data_storage_backoff)
         if endless:
-            by_weight = datasets.blend_mode is not DatasetBlendMode.SAMPLE_REPETITIONS
+            by_weight = not scheduled_blend.of_repetitions(datasets)
             dataset = scheduled_blend.install(dataset, self.schedule if by_weight else None)
         loader = get_savable_loader(
             dataset,
@@ -157,6 +157,8 @@ class MicrobatchLoader:
                 # would wait for those threads for ever, because a fork does not copy them: clear them away here.
                 gc.collect()
                 self._iterator = iter(self._loader)
+                if len(self.schedule.starts) > 1 and self._rounds_before == 0:
+                    self._announce_stage()
             microbatch = from_buffer(next(self._iterator))
         except StopIteration:
             raise
@@ -176,7 +178,7 @@ class MicrobatchLoader:
     def _announce_stage(self) -> None:
         rounds = self._rounds_before + self._emitted // self._streams
         stage = self.schedule.stage_at(rounds)
-        if self._dp_rank == 0 and rounds == self.schedule.starts[stage]:
+        if self._announces and rounds == self.schedule.starts[stage]:
             number = f"{stage + 1} of {len(self.schedule.starts)}"
             print(f"mixture stage {number} begins: {self.schedule.describe(stage)}", flush=True)
 
@@ -215,8 +217,11 @@ class MicrobatchLoader:
         states = [own] * self._dp_size
         if self._dp_size > 1:
             torch.distributed.all_gather_object(states, own, group=group)
-        begun = self.schedule.begun(own.rounds)
-        return elastic.merge_states(states, self.fingerprint, self._micro_batch_size, begun)
+        return elastic.merge_states(states, self.fingerprint, self._micro_batch_size, self.mixture_state())
+
+    def mixture_state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the schedule of the mixture, as plain values."""
+        return {"stages": self.schedule.stages(), "rows_per_step": self._rows_per_step}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue where `state_for_checkpoint` was called, in whatever layout that was; call before the first batch.
@@ -227,11 +232,22 @@ class MicrobatchLoader:
         """
         if self._iterator is not None:
             raise DataFeedError("restore the data state before the first microbatch is drawn")
-        begun = self.schedule.begun(state["rounds"])
-        mine = elastic.rank_state(state, self.fingerprint, self._dp_rank, self._dp_size, begun)
+        mine = elastic.rank_state(state, self.fingerprint, self._dp_rank, self._dp_size)
+        self._continue_mixture(state["mixture"], state["rounds"])
         self._restored = elastic.split_state(mine, state["rounds"])
         self._rounds_before = state["rounds"]
         self._loader.restore_state_rank(mine)
+
+    def _continue_mixture(self, saved: dict[str, Any], rounds: int) -> None:
+        if saved["rows_per_step"] != self._rows_per_step:
+            try:
+                self._mixture_at(None)
+            except MixtureScheduleError as error:
+                was = saved["rows_per_step"] or "of changing size"
+                raise ValueError(f"{error} (a step was {was} rows until now, and is {self._rows_per_step})") from None
+            self._rows_per_step = None
+        if self.schedule.check_continues(saved["stages"], rounds) and self._announces:
+            print("mixture stages to come are others than in the checkpoint", flush=True)
 
     def close(self) -> None:
         """Stop the worker processes; the loader gives nothing afterwards."""
@@ -248,31 +264,6 @@ def describe_failure(error: Exception, dp_rank: int) -> str:
     pinning = "pin memory thread" in lines[0].lower()
     where = "copying a microbatch to pinned host memory" if pinning else "a data worker"
     return f"{where} of dp_rank={dp_rank} failed: {lines[-1]}"
-
-
-def mixture_of(
-    blend: LoadedDatasetList, config: DataConfig, micro_batch_size: int, rows_per_step: int | None
-) -> MixtureSchedule:
-    """The weights with which the datasets of a blend are drawn.
-
-    Raises:
-        MixtureScheduleError: the schedule of `config` does not fit the blend, or a weight of the blend cannot be drawn.
-    """
-    names = [dataset_name(entry.dataset.subflavors or {}) for entry in blend.datasets]
-    weights = [1.0 if entry.weight is None else float(entry.weight) for entry in blend.datasets]
-    unscheduled = constant(names, weights)
-    if config.data_mixture_schedule is None:
-        if 0 in weights:
-            name = names[weights.index(0)]
-            raise MixtureScheduleError(f"{name} has weight 0 in the blend and no schedule raises it; leave it out")
-        return unscheduled
-    if blend.blend_mode is DatasetBlendMode.SAMPLE_REPETITIONS:
-        raise MixtureScheduleError(
-            f"{config.data_mixture_schedule}: the blend is a blend_epochized, which has repetitions and no weights; "
-            "use `blend` and `weight`"
-        )
-    rows = micro_batch_size * config.data_streams
-    return load_schedule(config.data_mixture_schedule, names, weights, rows, rows_per_step)
 
 
 def _describe(datasets: list) -> str:

@@ -73,10 +73,45 @@ class MixtureSchedule:
         pairs = zip(self.weights[stage - 1], self.weights[stage], strict=True)
         return tuple(before + share * (after - before) for before, after in pairs)
 
-    def begun(self, rounds: int) -> list[list[Any]]:
-        """The stages that have begun when every stream has emitted `rounds` microbatches, as plain values."""
-        stages = zip(self.starts, self.ramps, map(list, self.weights), strict=True)
-        return [list(stage) for stage in stages if stage[0] < max(rounds, 1)]
+    def stages(self) -> list[list[Any]]:
+        """Round, rounds to reach it, and weights of each stage, as plain values for a checkpoint."""
+        return [list(stage) for stage in zip(self.starts, self.ramps, map(list, self.weights), strict=True)]
+
+    def check_continues(self, saved: list[list[Any]], rounds: int) -> bool:
+        """Whether stages to come are others than when a run was saved whose streams had emitted `rounds` microbatches.
+
+        Args:
+            saved: `stages` of the schedule then.
+
+        Raises:
+            ValueError: stages that had begun are others.
+        """
+        now = self.stages()
+        then, past = ([stage for stage in each if stage[0] < max(rounds, 1)] for each in (saved, now))
+        if then != past:
+            raise ValueError(
+                f"stages of the mixture schedule that have begun are others than in the checkpoint: {then} then, "
+                f"{past} now (each: round, rounds to reach it, weights); restore them, stages to come may change"
+            )
+        return saved != now
+
+    def check_ends(self, rows: int, round_rows: int) -> None:
+        """Refuse stages that a run does not reach.
+
+        Args:
+            rows: that the whole run trains.
+            round_rows: rows of one microbatch of each stream.
+
+        Raises:
+            MixtureScheduleError: names the stage.
+        """
+        for stage, (start, ramp) in enumerate(zip(self.starts, self.ramps, strict=True), 1):
+            reached = (start + ramp) * round_rows
+            if start * round_rows >= rows or reached > rows:
+                raise MixtureScheduleError(
+                    f"mixture stage {stage} of {len(self.starts)} begins at row {start * round_rows} and is reached at "
+                    f"row {reached}, but training ends with row {rows}: train longer, or leave it out"
+                )
 
     def describe(self, stage: int) -> str:
         """The weights of a stage as text."""

@@ -8,10 +8,18 @@ from typing import Any
 import torch
 from megatron.energon import WorkerConfig
 from megatron.energon.flavors.base_dataset import SavableDataset, add_sample_restore_key
+from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDatasetList
 from megatron.energon.wrappers import BlendDataset
 from megatron.energon.wrappers.base import BaseWrapperDataset
 
-from megatron_anyexperts.data.mixture_schedule import MixtureSchedule, MixtureScheduleError
+from megatron_anyexperts.data.config import DataConfig
+from megatron_anyexperts.data.mixture_schedule import (
+    MixtureSchedule,
+    MixtureScheduleError,
+    constant,
+    dataset_name,
+    load_schedule,
+)
 
 
 class EmittedMicrobatches(BaseWrapperDataset):
@@ -67,6 +75,36 @@ class ScheduledBlend(BlendDataset):
                 weights = torch.tensor(self._schedule.weights_at(position), dtype=torch.float32) * present
             index = self._worker_rng.choice_idx(probs=weights)
             yield add_sample_restore_key(next(iterators[index]), index, src=self)
+
+
+def of_repetitions(blend: LoadedDatasetList) -> bool:
+    """Whether a blend says how often each dataset is read, and not with which weight."""
+    return blend.blend_mode is DatasetBlendMode.SAMPLE_REPETITIONS
+
+
+def mixture_of(
+    blend: LoadedDatasetList, config: DataConfig, micro_batch_size: int, rows_per_step: int | None
+) -> MixtureSchedule:
+    """The weights with which the datasets of a blend are drawn.
+
+    Raises:
+        MixtureScheduleError: the schedule of `config` does not fit the blend, or a weight of the blend cannot be drawn.
+    """
+    names = [dataset_name(entry.dataset.subflavors or {}) for entry in blend.datasets]
+    weights = [1.0 if entry.weight is None else float(entry.weight) for entry in blend.datasets]
+    unscheduled = constant(names, weights)
+    if config.data_mixture_schedule is None:
+        if 0 in weights:
+            name = names[weights.index(0)]
+            raise MixtureScheduleError(f"{name} has weight 0 in the blend and no schedule raises it; leave it out")
+        return unscheduled
+    if of_repetitions(blend):
+        raise MixtureScheduleError(
+            f"{config.data_mixture_schedule}: the blend is a blend_epochized, which has repetitions and no weights; "
+            "use `blend` and `weight`"
+        )
+    rows = micro_batch_size * config.data_streams
+    return load_schedule(config.data_mixture_schedule, names, weights, rows, rows_per_step)
 
 
 def install(dataset: SavableDataset, schedule: MixtureSchedule | None) -> SavableDataset:

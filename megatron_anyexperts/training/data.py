@@ -14,11 +14,14 @@ from megatron.training import get_args
 
 from megatron_anyexperts.data.blend import open_blend
 from megatron_anyexperts.data.config import DataConfig
-from megatron_anyexperts.data.loader import MicrobatchLoader, mixture_of
+from megatron_anyexperts.data.loader import MicrobatchLoader
+from megatron_anyexperts.data.mixture_schedule import MixtureSchedule
+from megatron_anyexperts.data.scheduled_blend import mixture_of
 from megatron_anyexperts.data.validation import ValidationLoader
 from megatron_anyexperts.media import MediaShape
 from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.training.checkpoints import Checkpoints
+from megatron_anyexperts.training.comparison import starting_point
 from megatron_anyexperts.training.step_stats import SampleLog, StepStats, forget_after
 
 
@@ -57,8 +60,10 @@ class DataProvider:
         train = None
         if not args.skip_train:
             batch = {"micro_batch_size": args.micro_batch_size, "rows_per_step": rows_per_step(args)}
-            train = MicrobatchLoader(**common, **batch, seed=args.seed)
+            train = MicrobatchLoader(**common, **batch, seed=args.seed, announces=args.rank == 0)
             self.checkpoints.restore_data(train)
+            if args.data_mixture_schedule is not None:
+                check_length(train.schedule, args, args.iteration, args.consumed_train_samples)
             self._open_sample_log(args)
         valid = None
         if args.eval_iters:
@@ -93,7 +98,7 @@ def data_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_mixture(args: argparse.Namespace) -> None:
-    """Refuse a mixture schedule that does not fit blend and batch, before any rank waits.
+    """Refuse a mixture schedule that does not fit blend, batch and length, before any rank waits.
 
     Raises:
         MixtureScheduleError: see `load_schedule`.
@@ -103,7 +108,20 @@ def check_mixture(args: argparse.Namespace) -> None:
     config = data_config(args)
     alone = WorkerConfig(rank=0, world_size=1, num_workers=0)
     blend = open_blend(blend_file(args.data_path), "train", config, alone)
-    mixture_of(blend, config, args.micro_batch_size, rows_per_step(args))
+    schedule = mixture_of(blend, config, args.micro_batch_size, rows_per_step(args))
+    start = starting_point(args)
+    if start is None or not start.resumed:  # of a resumed run, the checkpoint says how many rows were trained
+        check_length(schedule, args, 0, 0)
+
+
+def check_length(schedule: MixtureSchedule, args: argparse.Namespace, iteration: int, rows: int) -> None:
+    """Refuse a mixture schedule with stages behind the end of a run that has trained `rows` rows in `iteration` steps.
+
+    Raises:
+        MixtureScheduleError: see `MixtureSchedule.check_ends`.
+    """
+    whole = args.train_samples or rows + (args.train_iters - iteration) * args.global_batch_size
+    schedule.check_ends(whole, args.micro_batch_size * args.data_streams)
 
 
 def rows_per_step(args: argparse.Namespace) -> int | None:

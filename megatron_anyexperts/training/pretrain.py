@@ -143,9 +143,9 @@ def prepare(
 
         needed = (["val"] if args.eval_iters else []) + ([] if args.skip_train else ["train"])
         check_splits(blend_file(args.data_path), needed)
+        schedule.check(args)
         if not args.skip_train:
             check_mixture(args)
-        schedule.check(args)
         settings = RunSettings(args, transformer_config(args))
         settings.foresee(args)
     except (ValueError, AssertionError, DataFeedError) as error:

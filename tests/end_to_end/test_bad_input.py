@@ -71,6 +71,9 @@ def test_a_mixture_schedule_that_does_not_fit(corpus, tmp_path):
     path.write_text("stages: [{at_step: 2, weights: {txet: 1.0}}]")
     text = message(pretrain(corpus, tmp_path / "run", "--data-mixture-schedule", str(path), succeed=False))
     assert "'txet' is no dataset of the blend; it has audio_text, image_text, text" in text
+    path.write_text("stages: [{at_step: 5, weights: {text: 1.0}}, {at_step: 6, weights: {audio_text: 1.0}}]")
+    text = message(pretrain(corpus, tmp_path / "run", "--data-mixture-schedule", str(path), succeed=False))
+    assert "mixture stage 3 of 3 begins at row 24" in text and "training ends with row 24" in text
 
 
 def test_missing_data(corpus, tmp_path):

@@ -70,9 +70,15 @@ def test_the_layout_does_not_change_the_losses(from_one_step, one_rank, flags, t
 
 def test_resuming_on_fewer_ranks_trains_the_very_next_samples(corpus, tmp_path):
     ep2 = ("--expert-model-parallel-size", "2")
-    whole = pretrain(corpus, tmp_path / "whole", *ep2, ranks=2)
-    pretrain(corpus, tmp_path / "broken", *ep2, "--exit-interval", "3", ranks=2)
-    resumed = pretrain(corpus, tmp_path / "broken")
+    (tmp_path / "stages.yaml").write_text(
+        "stages:\n- {at_step: 2, over: 1, weights: {text: 1, image_text: 3}}\n- {at_step: 4, weights: {text: 1}}\n"
+    )
+    mixture = ("--data-mixture-schedule", str(tmp_path / "stages.yaml"))
+    whole = pretrain(corpus, tmp_path / "whole", *ep2, *mixture, ranks=2)
+    broken = pretrain(corpus, tmp_path / "broken", *ep2, *mixture, "--exit-interval", "3", ranks=2)
+    resumed = pretrain(corpus, tmp_path / "broken", *mixture)
+    begins = [re.findall(r"mixture stage (\d) of 3 begins", run.output) for run in (whole, broken, resumed)]
+    assert begins == [["1", "2", "3"], ["1", "2"], ["3"]]
     assert read_sample_log(resumed.run.samples) == read_sample_log(whole.run.samples)
     assert resumed.losses.keys() == whole.losses.keys()
     for iteration, loss in whole.losses.items():

@@ -9,7 +9,7 @@ import yaml
 from megatron_anyexperts.data.faults import DataFeedError
 from megatron_anyexperts.data.mixture_schedule import MixtureScheduleError
 from tests.feed import corpus
-from tests.feed.conftest import CONFIG
+from tests.feed.conftest import CONFIG, COUNTS
 from tests.feed.test_replay import merged, rows_of_step
 
 STREAMS = CONFIG.data_streams
@@ -49,12 +49,13 @@ def test_a_schedule_is_followed_exactly_across_layouts_and_resumes(make_loader, 
     whole, state = replay(make_loader, blend, [(1, 30, settings)])
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mixture stage")]
     assert said == [
+        f"mixture stage 1 of 3 begins: {', '.join(f'{kind} 0.1667' for kind in COUNTS)}",
         "mixture stage 2 of 3 begins: chat 1",
         "mixture stage 3 of 3 begins: text 0.75, image_text 0.25",
     ]
     parts = [(2, 3, settings), (1, 2, settings), (4, 3, settings), (1, 1, settings), (2, 21, settings)]
     assert replay(make_loader, blend, parts)[0] == whole
-    assert [stage[0] for stage in state["mixture"]] == [0, 4, 8]
+    assert [stage[0] for stage in state["mixture"]["stages"]] == [0, 4, 8]
 
     kinds = [Counter(key.partition("/")[0] for row in step for key in row) for step in whole]
     assert len(kinds[0]) > 3  # the blend's own weights
@@ -80,11 +81,21 @@ def test_a_dataset_that_rested_goes_on_where_it_stopped(make_loader, blend, sche
     assert rested == texts(only, 12)[: len(rested)]
 
 
-def test_stages_to_come_may_change_and_those_that_began_may_not(make_loader, blend, schedule):
+def test_stages_to_come_may_change_and_those_that_began_may_not(make_loader, blend, schedule, capsys):
     settings = schedule(STAGES)
     _, state = replay(make_loader, blend, [(1, 5, settings)])
     later = schedule([STAGES[0], {"at_step": 20, "weights": {"text": 1.0}}])
+    make_loader(blend, **settings).restore(state)
+    assert "mixture stages to come" not in capsys.readouterr().out
     make_loader(blend, **later).restore(state)
+    assert "mixture stages to come are others than in the checkpoint" in capsys.readouterr().out
+    # In a run whose batch changed, a step is no place, and stays none.
+    with pytest.raises(ValueError, match=r"use `at_row` \(a step was 4 rows until now, and is 8\)"):
+        make_loader(blend, **settings | {"rows_per_step": 2 * STREAMS}).restore(state)
+    by_row = schedule([{"at_row": 4 * STREAMS, "weights": {"chat": 1.0}}]) | {"rows_per_step": 2 * STREAMS}
+    loader = make_loader(blend, **by_row)
+    loader.restore(state)
+    assert loader.mixture_state()["rows_per_step"] is None
     for other in (schedule([STAGES[0] | {"at_step": 3}, STAGES[1]]), {}):
         with pytest.raises(ValueError, match="stages of the mixture schedule that have begun are others"):
             make_loader(blend, **other).restore(state)

@@ -25,7 +25,7 @@ def rows_of_step(loaders: list) -> list[tuple]:
 
 def merged(loaders: list) -> dict:
     states = [loader.save_state() for loader in loaders]
-    return elastic.merge_states(states, loaders[0].fingerprint, 1, loaders[0].schedule.begun(states[0].rounds))
+    return elastic.merge_states(states, loaders[0].fingerprint, 1, loaders[0].mixture_state())
 
 
 def replay(make_loader, blend: Path, plan: list[tuple[int, int]]) -> list[list[tuple]]:

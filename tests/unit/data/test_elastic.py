@@ -10,7 +10,7 @@ from megatron_anyexperts.data import elastic, plain_state
 STREAMS = st.sampled_from([1, 2, 4, 6, 12, 64])
 
 
-STAGES = [[0, 0, [1.0]]]
+MIXTURE = {"stages": [[0, 0, [1.0]]], "rows_per_step": 4}
 
 
 def checkpoints(streams: range) -> SavableDataLoaderState:
@@ -22,7 +22,7 @@ def checkpoints(streams: range) -> SavableDataLoaderState:
 def save(streams: int, dp_size: int, rounds: int = 3) -> dict:
     share = streams // dp_size
     ranks = [checkpoints(range(rank * share, (rank + 1) * share)) for rank in range(dp_size)]
-    return elastic.merge_states([elastic.split_state(rank, rounds) for rank in ranks], {"seed": 1}, 2, STAGES)
+    return elastic.merge_states([elastic.split_state(rank, rounds) for rank in ranks], {"seed": 1}, 2, MIXTURE)
 
 
 @given(STREAMS, st.data())
@@ -30,7 +30,7 @@ def test_dealing_out_gives_each_rank_its_streams_whoever_saved(streams, data):
     sizes = st.sampled_from(elastic.valid_dp_sizes(streams))
     state = save(streams, data.draw(sizes))
     dp_size = data.draw(sizes)
-    dealt = [elastic.rank_state(state, {"seed": 1}, rank, dp_size, STAGES) for rank in range(dp_size)]
+    dealt = [elastic.rank_state(state, {"seed": 1}, rank, dp_size) for rank in range(dp_size)]
     assert [worker.offset for rank in dealt for worker in rank.worker_states] == list(range(streams))
     assert all(rank.next_worker_id == 0 and rank.micro_batch_size == 2 for rank in dealt)
 
@@ -46,7 +46,7 @@ def test_the_stored_state_is_the_same_for_every_layout(streams, data):
 def test_a_state_passes_through_a_safe_load(tmp_path):
     torch.save(save(4, 2), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert elastic.rank_state(state, {"seed": 1}, 0, 1, STAGES).worker_states[3].offset == 3
+    assert elastic.rank_state(state, {"seed": 1}, 0, 1).worker_states[3].offset == 3
 
 
 @given(st.integers(1, 200), st.integers(1, 200))
@@ -72,7 +72,7 @@ def test_a_step_consumes_whole_rounds_or_is_refused_with_a_size_that_does(global
 def test_ranks_at_different_rounds_cannot_be_merged():
     ranks = [elastic.split_state(checkpoints(range(2)), rounds) for rounds in (3, 4)]
     with pytest.raises(ValueError, match=r"different rounds \[3, 4\]"):
-        elastic.merge_states(ranks, {}, 1, STAGES)
+        elastic.merge_states(ranks, {}, 1, MIXTURE)
 
 
 def test_the_middle_of_a_round_is_refused():
@@ -84,17 +84,17 @@ def test_the_middle_of_a_round_is_refused():
 
 def test_differing_settings_are_named_with_both_values():
     with pytest.raises(ValueError, match=r"seed: checkpoint 1, now 2"):
-        elastic.rank_state(save(2, 1), {"seed": 2}, 0, 1, STAGES)
+        elastic.rank_state(save(2, 1), {"seed": 2}, 0, 1)
 
 
 def test_an_unknown_version_is_refused():
     with pytest.raises(ValueError, match="version 99"):
-        elastic.rank_state(save(2, 1) | {"version": 99}, {"seed": 1}, 0, 1, STAGES)
+        elastic.rank_state(save(2, 1) | {"version": 99}, {"seed": 1}, 0, 1)
 
 
 def test_a_run_saved_before_its_first_batch_starts_at_the_beginning():
-    state = elastic.merge_states([elastic.split_state(None, 0)] * 2, {"seed": 1}, 1, STAGES)
-    assert state["streams"] == [] and elastic.rank_state(state, {"seed": 1}, 0, 4, STAGES) is None
+    state = elastic.merge_states([elastic.split_state(None, 0)] * 2, {"seed": 1}, 1, MIXTURE)
+    assert state["streams"] == [] and elastic.rank_state(state, {"seed": 1}, 0, 4) is None
 
 
 @pytest.mark.parametrize(("counts", "ended"), [([1, 1], True), ([1, 0], False), ([0], False)])

@@ -50,11 +50,28 @@ def test_a_ramp_is_linear_and_begins_at_the_weights_before(schedule):
                 assert schedule.weights_at(start + ramp // 2) == pytest.approx(middle)
 
 
-@given(schedules(), st.integers(0, 100))
-def test_what_has_begun_is_what_was_drawn_from(schedule, rounds):
-    begun = schedule.begun(rounds)
-    used = {schedule.stage_at(position) for position in range(max(rounds, 1))}
-    assert [stage[0] for stage in begun] == [schedule.starts[index] for index in sorted(used)]
+@given(schedules(), st.integers(0, 100), st.data())
+def test_a_run_may_go_on_with_another_schedule_if_it_drew_alike_so_far(schedule, rounds, data):
+    saved = schedule.stages()
+    assert not schedule.check_continues(saved, rounds)
+    changed = data.draw(st.integers(0, len(saved) - 1))
+    other = [list(stage) for stage in saved]
+    other[changed][2] = [0.25, 0.25, 0.5001]
+    if schedule.starts[changed] < max(rounds, 1):  # it was drawn from, or is the one that a stream begins with
+        with pytest.raises(ValueError, match="that have begun are others than in the checkpoint"):
+            schedule.check_continues(other, rounds)
+    else:
+        assert schedule.check_continues(other, rounds)
+
+
+@given(schedules(), st.integers(1, 200))
+def test_a_run_reaches_the_weights_of_every_stage_or_is_refused(schedule, rounds):
+    last = max(starts + ramps for starts, ramps in zip(schedule.starts, schedule.ramps, strict=True))
+    if last <= rounds and schedule.starts[-1] < rounds:
+        schedule.check_ends(rounds * 8 + 7, 8)
+    else:
+        with pytest.raises(MixtureScheduleError, match=f"training ends with row {rounds * 8 - 1}: train longer"):
+            schedule.check_ends(rounds * 8 - 1, 8)
 
 
 def load(tmp_path, stages, rows_per_step=16, round_rows=8, **others) -> MixtureSchedule:
