@@ -26,7 +26,6 @@ setup(
         "av>=14",
         "datasketch>=2",
         "einops>=0.8",
-        "filetype>=1.2",
         "imagehash>=4.3",
         "matplotlib>=3.9",
         "numpy>=2",
