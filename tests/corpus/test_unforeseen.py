@@ -1,6 +1,7 @@
 """An exception that nobody expected costs the item that caused it, and too many of them end the build."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,8 @@ from megatron_anyexperts.corpus.unforeseen import UNFORESEEN
 from megatron_anyexperts.corpus.workers import Share
 from tests.corpus.raw import corpus_of
 from tests.corpus.raw import write as write_file
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def texts(root, count: int, **options):
@@ -59,7 +62,7 @@ def test_a_source_that_fails_in_between_keeps_what_it_gave(tmp_path, monkeypatch
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_end_the_build_until_the_limit_is_raised(tmp_path, monkeypatch, workers):
     write_file(tmp_path / "plugin/sitecustomize.py", FAILING)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}/plugin", prepend=":")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}/plugin:{ROOT}", prepend=":")
     monkeypatch.setattr(scan, "check", failing_for(scan.check, 1, 2))
     strict = texts(tmp_path, 9, tolerance={"unforeseen_items": 1, "unforeseen_share": 0.1})
     with pytest.raises(CorpusError, match=r"2 of \d items .*unforeseen_items=1 .*the last one: text:.*LookupError"):

@@ -42,6 +42,8 @@ def start(corpus, tmp_path):
         process = subprocess.Popen(
             [sys.executable, *map(str, [*launcher, *words])], cwd=ROOT, env=os.environ | extra, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            # Under nohup, which the tests may run under, a training rightly ignores it.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )  # fmt: skip
         seen = []
         for line in process.stdout:
