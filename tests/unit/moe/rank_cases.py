@@ -279,8 +279,24 @@ def skipped_step(model: DistributedDataParallel, rank: int) -> bool:
     return all(torch.equal(a, b) for a, b in zip(state, before, strict=True)) and not counted
 
 
-def two_expert_ranks(rank: int, world_size: int) -> tuple[dict[str, torch.dtype], bool, tuple]:
-    """Dtypes of a bf16 model with every counter, whether it stands still in an overflow, and padding under a cap."""
+def without_sequence_parallelism() -> tuple[str, bool]:
+    """What the layer says to tensor parallelism alone in training, and whether it runs in evaluation."""
+    net = start(2, 1)
+    net.config.sequence_parallel = False
+    said = ""
+    try:
+        net(local_batch(0))
+    except ValueError as error:
+        said = str(error)
+    with torch.no_grad():
+        finite = bool(net.eval()(local_batch(0)).isfinite().all())
+    parallel_state.destroy_model_parallel()
+    return said, finite
+
+
+def two_ranks(rank: int, world_size: int) -> tuple[dict[str, torch.dtype], bool, tuple, tuple]:
+    """Dtypes of a bf16 model with every counter, whether it stands still in an overflow, padding under a cap, and
+    tensor parallelism alone."""
     model = wrap(start(1, 2, bf16=True, params_dtype=torch.bfloat16, **SHARED_LOSSES))
     states = train(model, 3, torch.bfloat16)
     assert states[-1].abs().min() > 0
@@ -289,4 +305,4 @@ def two_expert_ranks(rank: int, world_size: int) -> tuple[dict[str, torch.dtype]
     seen |= {name: buffer.dtype for name, buffer in layer_.named_buffers()}
     still = skipped_step(model, rank)
     parallel_state.destroy_model_parallel()
-    return seen, still, padding_under_cap()
+    return seen, still, padding_under_cap(), without_sequence_parallelism()

@@ -7,6 +7,7 @@ from megatron.core.rerun_state_machine import RerunState
 
 from megatron_anyexperts.moe.controllers import calibration, next_offset, next_virtual_bias, update_controllers
 from megatron_anyexperts.moe.router import AnyExpertsRouter
+from tests.unit.moe import rank_cases
 from tests.unit.moe.builders import HIDDEN, config, groups
 
 
@@ -117,3 +118,25 @@ def test_a_checkpoint_is_dialled_to_other_ranges_and_targets_without_training(on
         with torch.no_grad():
             dialled(hidden, None, importance)
         assert dialled.control.counts.sum() == 0 and torch.equal(before, dialled.control.slot_offset)
+
+
+@pytest.mark.parametrize(
+    ("update", "options", "centred"),
+    [
+        ("auto", {}, True),
+        ("auto", rank_cases.STATIC, False),
+        ("zero_mean", rank_cases.STATIC, True),
+        ("stock", {}, False),
+    ],
+    ids=["auto, virtual experts", "auto, without", "zero_mean", "stock"],
+)
+def test_the_mean_of_the_expert_bias_is_kept_at_zero_where_it_would_drift_against_virtual_experts(
+    one_rank, update, options, centred
+):
+    settings = rank_cases.DYNAMIC | options | {"anyexperts_expert_bias_update": update}
+    model = rank_cases.wrap(rank_cases.Net(config(**settings)))
+    bias = rank_cases.mixture(model).router.expert_bias
+    bias.fill_(0.5)  # one step does not lead here, many do
+    rank_cases.train(model, 3)
+    assert (bias - bias.mean()).abs().max() > 1e-3
+    assert bias.mean().item() == pytest.approx(0 if centred else 0.5, abs=1e-8 if centred else 1e-2)

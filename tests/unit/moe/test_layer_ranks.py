@@ -49,21 +49,26 @@ def test_controller_state_survives_saving_and_another_layout(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def expert_ranks():
-    return run_ranks(rank_cases.two_expert_ranks, 2)
+def two_ranks():
+    return run_ranks(rank_cases.two_ranks, 2)
 
 
-def test_a_step_with_an_infinite_gradient_on_one_rank_moves_no_controller_on_any(expert_ranks):
-    assert all(still for _, still, _ in expert_ranks)
+def test_a_step_with_an_infinite_gradient_on_one_rank_moves_no_controller_on_any(two_ranks):
+    assert all(still for _, still, *_ in two_ranks)
 
 
-def test_padding_takes_no_part_in_the_dispatch_cap(expert_ranks):
-    for *_, (change, same_load, acted) in expert_ranks:
+def test_padding_takes_no_part_in_the_dispatch_cap(two_ranks):
+    for *_, (change, same_load, acted), _ in two_ranks:
         assert change < 1e-5 and same_load and acted
 
 
-def test_a_bf16_model_keeps_importance_controllers_and_counters_in_fp32(expert_ranks):
-    for dtypes, *_ in expert_ranks:
+def test_tensor_parallelism_alone_is_refused_in_training_only(two_ranks):
+    for *_, (said, finite) in two_ranks:
+        assert "route every token once per tensor rank; add --sequence-parallel" in said and finite
+
+
+def test_a_bf16_model_keeps_importance_controllers_and_counters_in_fp32(two_ranks):
+    for dtypes, *_ in two_ranks:
         wide = {name for name, dtype in dtypes.items() if dtype == torch.float32}
         assert {name for name in dtypes if name.startswith("importance.")} <= wide
         moved = {"router.control.slot_offset", "router.control.virtual_bias", "router.expert_bias"}
