@@ -71,8 +71,9 @@ def audio(draw) -> tuple[str, str, int, str, float]:
 def test_valid_sound_is_accepted_and_read(encoder, made):
     codec, container, rate, layout, seconds = made
     data = encoded_audio(codec, container, rate, layout, tone(seconds, rate, layout))
-    # Codecs add up to a few frames of their own at both ends.
-    assert accepted_and_read(encoder, "audio", data).seconds == pytest.approx(seconds, abs=0.15)
+    # Codecs add up to a few frames of their own at both ends; ADPCM fills its last block.
+    added = 0.15 + (2048 / rate if codec.startswith("adpcm") else 0)
+    assert accepted_and_read(encoder, "audio", data).seconds == pytest.approx(seconds, abs=added)
 
 
 @st.composite
