@@ -45,10 +45,16 @@ MODEL = {
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Flags that name a small generated corpus and its tokenizer."""
+    """Flags that name a small generated corpus, its tokenizer and a mixture that changes."""
     folder = tmp_path_factory.mktemp("corpus")
+    stages = folder / "stages.yaml"
+    stages.write_text(
+        f"stages:\n- {{at_step: {SAVE_INTERVAL - 2}, over: 4, weights: {{text: 1, image_text: 3}}}}\n"
+        f"- {{at_step: {SAVE_INTERVAL + 3}, weights: {{audio_text: 1}}}}\n"
+    )
     blend = corpus.build(folder / "shards", {"text": 200, "image_text": 100, "audio_text": 80})
-    return {"--data-path": blend, "--tokenizer-model": corpus.write_tokenizer(folder / "tokenizer")}
+    tokenizer = corpus.write_tokenizer(folder / "tokenizer")
+    return {"--data-path": blend, "--tokenizer-model": tokenizer, "--data-mixture-schedule": stages}
 
 
 def submit(run: Submitted, data: dict, settings: dict | None = None, **flags: object) -> None:
