@@ -147,12 +147,22 @@ def test_throughput_is_that_of_training_steps_only(noisy):
     lines = runlog.read_metrics(noisy[0].run)
     assert "first_step_s" in lines[0] and "tokens_per_s" not in lines[0]
     assert all("first_step_s" not in line for line in lines[1:])
+    evaluations = [float(ms) / 1000 for ms in re.findall(r"evaluate \.+: \(([\d.]+)", noisy[0].output)]
+    pauses = {3: evaluations[0], 5: evaluations[1]}
     for before, line in zip(lines, lines[1:], strict=False):
         tokens = line["routing"]["layers"]["2"]["all"]["tokens"]
         step_s = tokens / line["tokens_per_s"]
-        assert 0 < step_s < line["time"] - before["time"]
+        assert 0 < step_s < line["time"] - before["time"] - pauses.get(line["iteration"], 0)
         assert 0 <= line["data_wait_share"] <= 1
         assert line["tflops_per_gpu"] > 0 and "mfu" not in line  # a CPU has no known peak
+
+
+def test_evaluations_between_steps_are_no_part_of_them(noisy):
+    """What a step counts and times is what it trained on: no held-out sample, the last eight of each kind."""
+    first_held_out = {"text": 112, "image_text": 40, "audio_text": 32}
+    for keys in read_sample_log(noisy[0].run.samples).values():
+        for kind, number in (re.match(r"(\w+)/\w+-(\d+)", key).groups() for key in keys):
+            assert int(number) < first_held_out[kind]
 
 
 @pytest.mark.slow
