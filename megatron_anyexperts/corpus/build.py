@@ -1,32 +1,33 @@
 """Build a corpus: list, scan, plan, tokenizer, write, finish. Any stage goes on where an earlier run ended."""
 
 import contextlib
-import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_anyexperts.corpus.chunk_list import ChunkList, list_chunks
 from megatron_anyexperts.corpus.corpus import Corpus, CorpusError
-from megatron_anyexperts.corpus.failures import forget_all, forget_unforeseen, load_scans, nothing_accepted
+from megatron_anyexperts.corpus.failures import forget_all, forget_unforeseen, nothing_accepted
 from megatron_anyexperts.corpus.files import write_json
 from megatron_anyexperts.corpus.finish import finish
-from megatron_anyexperts.corpus.plan import Plan, ShardPlan, make_plan
+from megatron_anyexperts.corpus.plan import Plan, ShardFile
+from megatron_anyexperts.corpus.planning.layout import Layout, Step, scans_key
+from megatron_anyexperts.corpus.planning.pipeline import ENDED_BY_ANOTHER, discard_parts, make_plan, take_census
 from megatron_anyexperts.corpus.sample import Sample
-from megatron_anyexperts.corpus.scan import load_scan, scan_path
-from megatron_anyexperts.corpus.sources.base import Chunk
 from megatron_anyexperts.corpus.tasks import ScanTask, WriteTask
 from megatron_anyexperts.corpus.tolerance import Unforeseen
 from megatron_anyexperts.corpus.unforeseen import guarded
 from megatron_anyexperts.corpus.workers import Handled, Share, run_tasks
 from megatron_anyexperts.corpus.write import manifest_path
 from megatron_anyexperts.data.tokenizer import adopt_tokenizer, train_tokenizer
-from megatron_anyexperts.files import atomic_file, sync_folder
+from megatron_anyexperts.files import sync_folder
 
 TOKENIZER_SHARDS = 256
 """Shards from which text is drawn to train the tokenizer."""
@@ -70,27 +71,27 @@ def build(corpus: Corpus, output: Path, share: Share, workers: int, quiet: bool 
     """
     work = output / ".build"
     claim_output(corpus, output)
-    chunks = list_chunks(corpus, output)
-    scans = [ScanTask(corpus, number, chunk, work) for number, chunk in enumerate(chunks)]
+    chunks = list_chunks(corpus, work)
+    scans = [ScanTask(corpus, number, chunks, work) for number in range(len(chunks))]
+    run = partial(_run, corpus=corpus, share=share, workers=workers, quiet=quiet)
     try:
-        _run(scans, corpus, share, workers, quiet, "scan", "chunk")
-        scanned = load_scans(scans)
-        # Counted once more, over all participants and earlier runs.
-        unforeseen = Unforeseen(corpus.tolerance)
-        for scan in scanned:
-            unforeseen.add(scan.items, scan.rejected)
+        run(scans, stage="scan", unit="chunk")
+        layout = plan_layout(corpus, chunks, work)
+        accepted = count_scans(layout, run)
     except CorpusError:
         forget_unforeseen(scans)
         raise
-    plan = make_plan(corpus, scanned)
-    if not plan.shards:
-        forget_all(scans, chunk_list(output))
-        raise CorpusError(nothing_accepted(scanned))
+    if not accepted:
+        message = nothing_accepted(scans)
+        forget_all(scans, chunks)
+        raise CorpusError(message)
+    plan = make_plan(layout, partial(run, stage="plan", unit="part"))
     make_tokenizer(corpus, chunks, plan, output)
-    _run(write_tasks(corpus, chunks, plan, output), corpus, share, workers, quiet, "write", "shard")
+    run(write_tasks(corpus, chunks, plan, output), stage="write", unit="shard")
     if share.part != 0:
         return None
-    manifest = finish(corpus, corpus_document(corpus), chunks, scanned, plan, output, tool_version())
+    manifest = finish(corpus, corpus_document(corpus), chunks, plan, output, tool_version())
+    discard_parts(layout)
     for folder in ("tmp", "claims", "trace"):
         shutil.rmtree(work / folder, ignore_errors=True)
     return manifest
@@ -105,21 +106,52 @@ def rebuild_shard(corpus: Corpus, output: Path, name: str) -> dict:
     if not (output / "manifest.json").is_file():
         raise CorpusError(f"{output} holds no finished build; run without --rebuild")
     claim_output(corpus, output)
-    chunks = list_chunks(corpus, output)
-    scanned = [load_scan(scan_path(output / ".build", number)) for number in range(len(chunks))]
-    plan = make_plan(corpus, scanned)
-    tasks = [task for task in write_tasks(corpus, chunks, plan, output) if task.name == name]
+    chunks = list_chunks(corpus, output / ".build")
+    layout = plan_layout(corpus, chunks, output / ".build")
+    run = partial(_run, corpus=corpus, share=Share(), workers=0, quiet=True)
+    count_scans(layout, run)
+    plan = make_plan(layout, partial(run, stage="plan", unit="part"))
+    tasks = [task for task in write_tasks(corpus, chunks, plan, output) if task.shard.name == name]
     if not tasks:
         raise CorpusError(f"the corpus has no shard {name!r}; it has {plan.shards[0].name} ... {plan.shards[-1].name}")
     manifest_path(output / name).unlink(missing_ok=True)
     # Without its index the metadata is not taken as complete, and is made again.
     (output / f"{name}.idx").unlink(missing_ok=True)
     tasks[0].run()
-    return finish(corpus, corpus_document(corpus), chunks, scanned, plan, output, tool_version())
+    manifest = finish(corpus, corpus_document(corpus), chunks, plan, output, tool_version())
+    discard_parts(layout)
+    return manifest
 
 
-def _run(tasks: list, corpus: Corpus, share: Share, workers: int, quiet: bool, stage: str, unit: str) -> None:
+def plan_layout(corpus: Corpus, chunks: ChunkList, work: Path) -> Layout:
+    """Where the plan of the scans that are on disk is made.
+
+    Raises:
+        CorpusError: another participant found that the build fails and has removed them.
+    """
+    try:
+        return Layout(corpus, work, scans_key(work, len(chunks)), len(chunks))
+    except FileNotFoundError:
+        raise CorpusError(ENDED_BY_ANOTHER) from None
+
+
+def count_scans(layout: Layout, run: Callable) -> int:
+    """How many items all participants and earlier runs accepted.
+
+    Raises:
+        CorpusError: too many items of them ended in an unforeseen error.
+    """
+    unforeseen, accepted = Unforeseen(layout.corpus.tolerance), 0
+    for entry in take_census(layout, partial(run, stage="count", unit="part")):
+        unforeseen.count(entry["items"], entry["errors"], entry["example"])
+        accepted += entry["accepted"]
+    return accepted
+
+
+def _run(tasks: Sequence, corpus: Corpus, share: Share, workers: int, quiet: bool, stage: str, unit: str) -> None:
     items, unforeseen = 0, Unforeseen(corpus.tolerance)
+    if len(tasks) == 1 and isinstance(tasks[0], Step):
+        workers, quiet = 0, True  # starting a process takes longer than a small plan
     with tqdm(total=len(tasks), desc=stage, unit=f" {unit}", disable=quiet, dynamic_ncols=True) as bar:
 
         def on_done(handled: Handled) -> None:
@@ -133,19 +165,10 @@ def _run(tasks: list, corpus: Corpus, share: Share, workers: int, quiet: bool, s
         run_tasks(tasks, share, workers, on_done)
 
 
-def write_tasks(corpus: Corpus, chunks: list[Chunk], plan: Plan, output: Path) -> list[WriteTask]:
+def write_tasks(corpus: Corpus, chunks: ChunkList, plan: Plan, output: Path) -> list[WriteTask]:
     """A task per planned shard."""
-    return [
-        WriteTask(
-            corpus,
-            {number: chunks[number] for number in set(shard.chunks.tolist())},
-            shard,
-            shard.name,
-            output,
-            tool_version(),
-        )
-        for shard in plan.shards
-    ]
+    version = tool_version()
+    return [WriteTask(corpus, chunks, shard, output, version) for shard in plan.shards]
 
 
 def claim_output(corpus: Corpus, output: Path) -> None:
@@ -171,43 +194,7 @@ def claim_output(corpus: Corpus, output: Path) -> None:
         )
 
 
-def chunk_list(output: Path) -> Path:
-    """Where the list of chunks is kept."""
-    return output / ".build" / "chunks.jsonl"
-
-
-def list_chunks(corpus: Corpus, output: Path) -> list[Chunk]:
-    """All units of work; listed once, so that a continued build sees the same input.
-
-    Raises:
-        CorpusError: a source that is not optional is missing or empty.
-    """
-    path = chunk_list(output)
-    if not path.is_file():
-        with atomic_file(path, output / ".build" / "tmp", first_wins=True) as file:
-            for number, source in enumerate(corpus.sources):
-                if source.missing():
-                    if source.optional:
-                        continue
-                    raise CorpusError(
-                        f"source {source.label!r}: {source.path} does not exist; point --root at the folder that "
-                        "holds it, or mark the source `optional: true`"
-                    )
-                chunks = iter(source.chunks(corpus.seed, corpus.chunk_items, corpus.chunk_bytes))
-                first = next(chunks, None)
-                if first is None and not source.optional:
-                    raise CorpusError(
-                        f"source {source.label!r}: {source.path} holds nothing that a {source.type} can read: "
-                        f"{source.forms()}"
-                    )
-                for chunk in itertools.chain([first] if first else [], chunks):
-                    # Names of files need not be Unicode: ASCII JSON carries every byte of them.
-                    file.write(json.dumps({"source": number, **chunk}).encode() + b"\n")
-    with open(path, "rb") as file:
-        return [json.loads(line) for line in file]
-
-
-def make_tokenizer(corpus: Corpus, chunks: list[Chunk], plan: Plan, output: Path) -> None:
+def make_tokenizer(corpus: Corpus, chunks: ChunkList, plan: Plan, output: Path) -> None:
     """Put a tokenizer into the output folder: the given one, or one trained on the training split.
 
     Raises:
@@ -237,7 +224,7 @@ def make_tokenizer(corpus: Corpus, chunks: list[Chunk], plan: Plan, output: Path
     sync_folder(output)
 
 
-def training_texts(corpus: Corpus, chunks: list[Chunk], plan: Plan) -> Iterator[str]:
+def training_texts(corpus: Corpus, chunks: ChunkList, plan: Plan) -> Iterator[str]:
     """Text of the training split for the tokenizer, taken in turn from shards spread over the corpus."""
     shards = [shard for shard in plan.shards if "/train/" in shard.name] or plan.shards
     readers = [_shard_texts(corpus, chunks, shard) for shard in shards[:: -(-len(shards) // TOKENIZER_SHARDS)]]
@@ -254,10 +241,12 @@ def training_texts(corpus: Corpus, chunks: list[Chunk], plan: Plan) -> Iterator[
                 return
 
 
-def _shard_texts(corpus: Corpus, chunks: list[Chunk], shard: ShardPlan) -> Iterator[str]:
-    for number in dict.fromkeys(shard.chunks.tolist()):
-        source = corpus.sources[chunks[number]["source"]]
-        wanted = set(shard.samples["position"][shard.chunks == number].tolist())
-        for _, item in guarded(source.read(chunks[number], wanted, corpus.limits.max_media_bytes), source.label):
+def _shard_texts(corpus: Corpus, chunks: ChunkList, shard: ShardFile) -> Iterator[str]:
+    plan = shard.load()
+    for number in dict.fromkeys(plan.chunks.tolist()):
+        chunk = chunks[number]
+        source = corpus.sources[chunk["source"]]
+        wanted = set(plan.samples["position"][plan.chunks == number].tolist())
+        for _, item in guarded(source.read(chunk, wanted, corpus.limits.max_media_bytes), source.label):
             if isinstance(item, Sample):
                 yield from item.texts()

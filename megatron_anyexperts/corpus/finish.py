@@ -6,17 +6,19 @@ import io
 import json
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import yaml
 
+from megatron_anyexperts.corpus.chunk_list import ChunkList
 from megatron_anyexperts.corpus.corpus import Corpus
 from megatron_anyexperts.corpus.files import write_json
 from megatron_anyexperts.corpus.plan import SPLITS, Plan, split_warnings
 from megatron_anyexperts.corpus.sample import DOCUMENT_KIND, TEXT_FIELD
-from megatron_anyexperts.corpus.scan import Scan
-from megatron_anyexperts.corpus.sources.base import Chunk
+from megatron_anyexperts.corpus.scan import load_outcome, scan_path
 from megatron_anyexperts.corpus.write import manifest_path
 from megatron_anyexperts.files import atomic_file
 
@@ -38,16 +40,13 @@ def dataset_configs(kind: str) -> dict[str, dict]:
     }
 
 
-def finish(
-    corpus: Corpus, document: dict, chunks: list[Chunk], scans: Sequence[Scan], plan: Plan, output: Path, version: str
-) -> dict:
+def finish(corpus: Corpus, document: dict, chunks: ChunkList, plan: Plan, output: Path, version: str) -> dict:
     """Write everything beside the shards; repeatable.
 
     Args:
         corpus: the corpus that was built.
         document: its description for the manifest.
         chunks: its units of work.
-        scans: what was found in each.
         plan: what was to be written; all of it is written.
         output: folder of the corpus.
         version: of the tool.
@@ -59,16 +58,20 @@ def finish(
         RuntimeError: the counts do not add up, or Energon indexed another number of samples than were written.
     """
     scratch = output / ".build" / "tmp"
-    shards = [json.loads(manifest_path(output / shard.name).read_bytes()) for shard in plan.shards]
-    rejected = _write_rejected(corpus, chunks, scans, plan, shards, output)
-    manifest = _manifest(corpus, document, scans, plan, shards, rejected, output, version)
+
+    def shards() -> Iterator[dict]:
+        return (json.loads(manifest_path(output / shard.name).read_bytes()) for shard in plan.shards)
+
+    items, rejected = _write_rejected(corpus, chunks, plan, shards(), output)
+    manifest = _manifest(corpus, document, plan, shards(), output, version)
+    manifest |= {"items": items, "rejected": dict(sorted(rejected.items()))}
     if manifest["items"] != manifest["samples"] + sum(rejected.values()):
         raise RuntimeError(
             f"{manifest['items']} items were read but {manifest['samples']} written and {sum(rejected.values())} "
             "rejected; delete the output folder and build again"
         )
     for kind in manifest["kinds"]:
-        prepare_energon(output / kind, [shard for shard in shards if shard["shard"].startswith(f"{kind}/")])
+        prepare_energon(output / kind, [shard for shard in manifest["shards"] if shard["shard"].startswith(f"{kind}/")])
     with atomic_file(output / "blend.yaml", scratch) as file:
         file.write(yaml.safe_dump(blend(manifest), sort_keys=False).encode())
     write_json(output / "manifest.json", scratch, manifest)
@@ -76,41 +79,38 @@ def finish(
 
 
 def _write_rejected(
-    corpus: Corpus, chunks: list[Chunk], scans: Sequence[Scan], plan: Plan, shards: list[dict], output: Path
-) -> Counter:
-    reasons: Counter = Counter()
+    corpus: Corpus, chunks: ChunkList, plan: Plan, shards: Iterable[dict], output: Path
+) -> tuple[int, Counter]:
+    """List what was left out; returns the number of items that were read, and of rejections by reason."""
+    items, reasons = 0, Counter()
     with atomic_file(output / "rejected.jsonl", output / ".build" / "tmp") as file:
 
         def put(line: dict) -> None:
             reasons[line["reason"]] += 1
             file.write(json.dumps(line).encode() + b"\n")
 
-        for scan in scans:
-            for line in scan.rejected:
+        for number in range(len(chunks)):
+            accepted, rejected = load_outcome(scan_path(output / ".build", number))
+            items += accepted + len(rejected)
+            for line in rejected:
                 put(line)
-        for duplicate in plan.duplicates:
-            chunk = chunks[duplicate.chunk]
-            origin = corpus.sources[chunk["source"]].origin(chunk, duplicate.position)
-            put({"origin": origin, "reason": duplicate.reason, "detail": ""})
+        for number, duplicates in groupby(plan.duplicates(), key=itemgetter(0)):
+            chunk = chunks[number]
+            source = corpus.sources[chunk["source"]]
+            for _, position, reason in duplicates:
+                put({"origin": source.origin(chunk, position), "reason": reason, "detail": ""})
         for shard in shards:
             for line in shard["rejected"]:
                 put(line)
-    return reasons
+    return items, reasons
 
 
-def _manifest(
-    corpus: Corpus,
-    document: dict,
-    scans: Sequence[Scan],
-    plan: Plan,
-    shards: list[dict],
-    rejected: Counter,
-    output: Path,
-    version: str,
-) -> dict:
+def _manifest(corpus: Corpus, document: dict, plan: Plan, shards: Iterable[dict], output: Path, version: str) -> dict:
+    entries = []
     kinds: dict[str, dict] = {}
     totals = {name: Counter() for name in ("tokens", "measures", "sources", "languages")}
     for shard in shards:
+        entries.append({name: shard[name] for name in ("shard", "sha256", "samples", "bytes")})
         if not shard["samples"]:
             continue
         kind, split, _ = shard["shard"].split("/")
@@ -128,15 +128,13 @@ def _manifest(
         "name": corpus.name,
         "version": version,
         "corpus": document,
-        "items": sum(scan.items for scan in scans),
-        "samples": sum(shard["samples"] for shard in shards),
-        "bytes": sum(shard["bytes"] for shard in shards),
-        "rejected": dict(sorted(rejected.items())),
+        "samples": sum(entry["samples"] for entry in entries),
+        "bytes": sum(entry["bytes"] for entry in entries),
         "kinds": kinds,
         **{name: dict(sorted(total.items())) for name, total in totals.items()},
         "tokenizer_sha256": hashlib.sha256((output / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest(),
         "warnings": split_warnings(plan, corpus.validation_fraction),
-        "shards": [{name: shard[name] for name in ("shard", "sha256", "samples", "bytes")} for shard in shards],
+        "shards": entries,
     }
 
 

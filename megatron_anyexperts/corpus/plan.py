@@ -1,17 +1,26 @@
-"""Which sample goes into which shard: a pure function of the scans, so that every process finds the same answer."""
+"""What a plan is: which sample goes into which shard. `planning` makes it."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from megatron_anyexperts.corpus import near
-from megatron_anyexperts.corpus.corpus import Corpus, Shards
+from megatron_anyexperts.corpus.corpus import Shards
 from megatron_anyexperts.corpus.sample import KINDS
-from megatron_anyexperts.corpus.scan import ACCEPTED, Scan
+from megatron_anyexperts.corpus.scan import ACCEPTED
 
 SPLITS = ("train", "val")
+
+PLANNED = np.dtype([("sample", ACCEPTED), ("chunk", "<i8"), ("repeat", "<i8")])
+"""A row of a shard: the sample, the number of its chunk, how often the same content occurred before."""
+
+DUPLICATE = np.dtype([("chunk", "<i8"), ("position", "<i8")])
+"""An item that is left out because it repeats another."""
+
+ROWS_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,11 @@ class ShardPlan:
     """[N] of scan.ACCEPTED."""
     repeats: np.ndarray
     """int64 [N], how often the same content occurred before; above 0 only without exact deduplication."""
+
+    @classmethod
+    def of(cls, name: str, rows: np.ndarray) -> "ShardPlan":
+        """From [N] of PLANNED."""
+        return cls(name, rows["chunk"].copy(), rows["sample"].copy(), rows["repeat"].copy())
 
     @property
     def digest(self) -> str:
@@ -48,21 +62,60 @@ class ShardPlan:
         ]
 
 
-@dataclass(frozen=True)
-class Duplicate:
-    """An item that is left out because it repeats another."""
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """A planned shard whose rows are in a file."""
 
-    chunk: int
-    position: int
-    reason: str
+    name: str
+    digest: str
+    """Of the `ShardPlan`."""
+    path: Path
+    """File of PLANNED."""
+    start: int
+    stop: int
+
+    def load(self) -> ShardPlan:
+        """Read the rows."""
+        rows = np.fromfile(self.path, PLANNED, self.stop - self.start, offset=self.start * PLANNED.itemsize)
+        return ShardPlan.of(self.name, rows)
+
+
+class Span(NamedTuple):
+    """The samples of a kind and the range of their group hashes."""
+
+    samples: int
+    lowest: int
+    highest: int
+
+    @classmethod
+    def of(cls, groups: np.ndarray) -> "Span":
+        """Of uint64 [N] group hashes, N > 0."""
+        return cls(len(groups), int(groups.min()), int(groups.max()))
+
+    def joined(self, other: "Span | None") -> "Span":
+        """Both together."""
+        if other is None:
+            return self
+        lowest, highest = min(self.lowest, other.lowest), max(self.highest, other.highest)
+        return Span(self.samples + other.samples, lowest, highest)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All shards of a corpus and what was left out as repeated."""
+    """All shards of a corpus and what was left out as repeated; the rows of both stay on disk."""
 
-    shards: list[ShardPlan]
-    duplicates: list[Duplicate]
+    shards: list[ShardFile]
+    spans: dict[str, Span]
+    """By kind of sample."""
+    duplicate_files: dict[str, Path]
+    """File of DUPLICATE by reason."""
+
+    def duplicates(self) -> Iterator[tuple[int, int, str]]:
+        """Chunk, position and reason of each duplicate."""
+        for reason, path in self.duplicate_files.items():
+            with open(path, "rb") as file:
+                while len(rows := np.fromfile(file, DUPLICATE, ROWS_AT_ONCE)):
+                    yield from ((chunk, position, reason) for chunk, position in rows.tolist())
 
 
 def chunk_order(count: int, seed: int) -> np.ndarray:
@@ -81,18 +134,6 @@ def is_validation(groups: np.ndarray, fraction: float) -> np.ndarray:
         bool [N].
     """
     return groups < np.uint64(int(fraction * 2**64))
-
-
-def occurrences(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """How often each content hash occurred at an earlier index, int64 [N]."""
-    count = len(high)
-    order = np.lexsort((np.arange(count), low, high))
-    first = np.ones(count, dtype=bool)
-    first[1:] = (high[order][1:] != high[order][:-1]) | (low[order][1:] != low[order][:-1])
-    start = np.maximum.accumulate(np.where(first, np.arange(count), 0))
-    result = np.empty(count, dtype=np.int64)
-    result[order] = np.arange(count) - start
-    return result
 
 
 def cut(sizes: np.ndarray, limits: Shards) -> list[slice]:
@@ -115,48 +156,6 @@ def cut(sizes: np.ndarray, limits: Shards) -> list[slice]:
     return slices
 
 
-def make_plan(corpus: Corpus, scans: Sequence[Scan]) -> Plan:
-    """Assign every accepted sample to a shard, or name it a duplicate.
-
-    Args:
-        corpus: seed, deduplication, split and shard sizes.
-        scans: one per chunk, in the order of the list of chunks.
-    """
-    order = chunk_order(len(scans), corpus.seed)
-    rows = np.concatenate([scans[number].accepted for number in order] or [np.empty(0, ACCEPTED)])
-    chunks = np.repeat(order, [len(scans[number].accepted) for number in order])
-    repeats = occurrences(rows["hash_high"], rows["hash_low"])
-    keep = np.ones(len(rows), dtype=bool)
-    duplicates: list[Duplicate] = []
-
-    def drop(marked: np.ndarray, reason: str) -> None:
-        for index in np.flatnonzero(keep & marked):
-            duplicates.append(Duplicate(int(chunks[index]), int(rows["position"][index]), reason))
-        keep[marked] = False
-
-    if corpus.dedup.exact:
-        drop(repeats > 0, "exact duplicate")
-    if corpus.dedup.near_text is not None:
-        signatures = np.concatenate([scans[number].text_signatures for number in order])
-        drop(_among(keep, near.repeated_texts, signatures, rows["kind"], corpus.dedup.near_text), "near-duplicate text")
-    if corpus.dedup.near_image is not None:
-        signatures = np.concatenate([scans[number].image_signatures for number in order])
-        drop(
-            _among(keep, near.repeated_images, signatures, rows["group"], corpus.dedup.near_image),
-            "near-duplicate image",
-        )
-    held_out = is_validation(rows["group"], corpus.validation_fraction)
-    shards = []
-    for kind_number, kind in enumerate(KINDS):
-        for split, side in zip(SPLITS, (~held_out, held_out), strict=True):
-            [chosen] = np.nonzero(keep & side & (rows["kind"] == kind_number))
-            for number, part in enumerate(cut(rows["bytes"][chosen], corpus.shards)):
-                index = chosen[part]
-                name = f"{kind}/{split}/shard-{number:06d}.tar"
-                shards.append(ShardPlan(name, chunks[index], rows[index], repeats[index]))
-    return Plan(shards, duplicates)
-
-
 def split_warnings(plan: Plan, fraction: float) -> list[str]:
     """What is wrong with the split of each kind of sample: a small corpus may fall to one side as a whole.
 
@@ -167,31 +166,23 @@ def split_warnings(plan: Plan, fraction: float) -> list[str]:
     warnings = []
     held_out = {shard.name.split("/")[0] for shard in plan.shards if "/val/" in shard.name}
     for kind in KINDS:
-        shards = [shard for shard in plan.shards if shard.name.startswith(f"{kind}/")]
-        if not shards or fraction == 0:
+        if kind not in plan.spans or fraction == 0:
             continue
-        groups = np.unique(np.concatenate([shard.samples["group"] for shard in shards]))
-        count = sum(len(shard.samples) for shard in shards)
-        sides = is_validation(groups, fraction)
-        if sides.all():
-            few = int(groups[-1]) * 1000 // 2**64 / 1000
+        count, lowest, highest = plan.spans[kind]
+        any_held_out, all_held_out = is_validation(np.array([lowest, highest], np.uint64), fraction).tolist()
+        if all_held_out:
+            few = highest * 1000 // 2**64 / 1000
             way_out = f"lower it to {few:.3f} or less, or add data" if few else "add data"
             warnings.append(
                 f"{kind}: all {count} samples are held out by validation_fraction={fraction:g}, so none is left to "
                 f"train on; {way_out}"
             )
-        elif not sides.any():
-            enough = -(-int(groups[0]) * 1000 // 2**64) / 1000 + 0.001
-            larger = f"raise it to {enough:.3f}" if len(groups) > 1 and enough < 1 else "add data"
+        elif not any_held_out:
+            enough = -(-lowest * 1000 // 2**64) / 1000 + 0.001
+            larger = f"raise it to {enough:.3f}" if lowest < highest and enough < 1 else "add data"
             without = "its loss is not measured" if held_out else "training needs --eval-iters 0"
             warnings.append(
                 f"{kind}: none of {count} samples is held out by validation_fraction={fraction:g}, so {without}; "
                 f"{larger} to hold some out"
             )
     return warnings
-
-
-def _among(keep: np.ndarray, find, signatures: np.ndarray, labels: np.ndarray, limit) -> np.ndarray:
-    marked = np.zeros(len(keep), dtype=bool)
-    marked[keep] = find(signatures[keep], labels[keep], limit)
-    return marked

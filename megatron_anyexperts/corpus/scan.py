@@ -137,7 +137,7 @@ def scan_path(work: Path, number: int) -> Path:
 
 
 def save_scan(scan: Scan, path: Path, scratch: Path) -> None:
-    """Store a scan atomically."""
+    """Store a scan atomically; one that is there stays, so that its time identifies it."""
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,
@@ -147,7 +147,7 @@ def save_scan(scan: Scan, path: Path, scratch: Path) -> None:
         texts=scan.text_signatures,
         images=scan.image_signatures,
     )
-    with atomic_file(path, scratch) as file:
+    with atomic_file(path, scratch, first_wins=True) as file:
         file.write(buffer.getvalue())
 
 
@@ -161,3 +161,15 @@ def load_scan(path: Path) -> Scan:
         facts = [[Facts(*fact) for fact in facts] for facts in json.loads(content["facts"].tobytes())]
         rejected = json.loads(content["rejected"].tobytes())
         return Scan(content["accepted"], facts, rejected, content["texts"], content["images"])
+
+
+def load_planned(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What planning needs of a scan: accepted items, text signatures, image signatures."""
+    with np.load(path, allow_pickle=False) as content:
+        return content["accepted"], content["texts"], content["images"]
+
+
+def load_outcome(path: Path) -> tuple[int, list[dict]]:
+    """How many items of a chunk were accepted, and the rejected ones."""
+    with np.load(path, allow_pickle=False) as content:
+        return len(content["accepted"]), json.loads(content["rejected"].tobytes())

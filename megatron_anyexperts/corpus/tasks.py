@@ -5,22 +5,22 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_anyexperts.corpus.chunk_list import ChunkList
 from megatron_anyexperts.corpus.corpus import Corpus
 from megatron_anyexperts.corpus.files import write_json
-from megatron_anyexperts.corpus.plan import ShardPlan
+from megatron_anyexperts.corpus.plan import ShardFile
 from megatron_anyexperts.corpus.scan import save_scan, scan_chunk, scan_path, work_file
-from megatron_anyexperts.corpus.sources.base import Chunk
 from megatron_anyexperts.corpus.workers import Handled
 from megatron_anyexperts.corpus.write import is_written, write_shard
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ScanTask:
     """Scan one chunk."""
 
     corpus: Corpus = field(repr=False)
     number: int
-    chunk: Chunk
+    chunks: ChunkList = field(repr=False)
     work: Path
     """Working folder of the build."""
 
@@ -49,7 +49,7 @@ class ScanTask:
                 file.seek(0)
                 file.write(b"%20d" % position)
 
-            scan = scan_chunk(self.corpus, self.chunk, self._crashed(), on_item)
+            scan = scan_chunk(self.corpus, self.chunks[self.number], self._crashed(), on_item)
         save_scan(scan, self.path, self.work / "tmp")
         trace.unlink(missing_ok=True)
         return Handled(scan.items, scan.rejected)
@@ -64,31 +64,32 @@ class ScanTask:
         with contextlib.suppress(OSError, ValueError):
             crashed.add(int(self._file("trace", "position").read_bytes()))
         if crashed == self._crashed():
-            raise RuntimeError(f"scanning {self.chunk} ends with signal {signal_number}, not because of one item")
+            chunk = self.chunks[self.number]
+            raise RuntimeError(f"scanning {chunk} ends with signal {signal_number}, not because of one item")
         write_json(self._file("crashed", "json"), self.work / "tmp", sorted(crashed))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class WriteTask:
     """Write one shard."""
 
     corpus: Corpus = field(repr=False)
-    chunks: dict[int, Chunk] = field(repr=False)
-    plan: ShardPlan = field(repr=False)
-    name: str
+    chunks: ChunkList = field(repr=False)
+    shard: ShardFile
     output: Path
     version: str
 
     @property
     def claim(self) -> Path:
-        return self.output / ".build" / "claims" / self.name
+        return self.output / ".build" / "claims" / self.shard.name
 
     def done(self) -> bool:
-        return is_written(self.plan, self.output)
+        return is_written(self.shard, self.output)
 
     def run(self) -> Handled:
-        manifest = write_shard(self.corpus, self.chunks, self.plan, self.output, self.version)
-        return Handled(len(self.plan.samples), manifest["rejected"])
+        plan = self.shard.load()
+        manifest = write_shard(self.corpus, self.chunks, plan, self.output, self.version)
+        return Handled(len(plan.samples), manifest["rejected"])
 
     def after_crash(self, signal_number: int) -> None:
-        raise RuntimeError(f"writing {self.name} ends with signal {signal_number}; is there enough memory?")
+        raise RuntimeError(f"writing {self.shard.name} ends with signal {signal_number}; is there enough memory?")

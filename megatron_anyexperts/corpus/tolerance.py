@@ -21,10 +21,18 @@ class Unforeseen:
             CorpusError: too many in all.
         """
         errors = [line for line in rejected if line["reason"] == UNFORESEEN]
+        self.count(items, len(errors), errors[-1] if errors else None)
+
+    def count(self, items: int, errors: int, example: dict | None) -> None:
+        """Count items, how many of them are unforeseen errors, and the rejection of the last of these.
+
+        Raises:
+            CorpusError: too many in all.
+        """
         self._items += items
-        self._errors += len(errors)
-        if errors:
-            self._example = f"{errors[-1]['origin']}: {errors[-1]['detail']}"
+        self._errors += errors
+        if example is not None:
+            self._example = f"{example['origin']}: {example['detail']}"
         limit, share = self._tolerance.unforeseen_items, self._tolerance.unforeseen_share
         if self._errors > max(limit, share * self._items):
             raise CorpusError(

@@ -6,6 +6,7 @@ A claim keeps two from doing the same task at the same time; should it happen af
 results are deterministic and appear atomically.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -16,7 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 PATIENCE_SECONDS = 120.0
 """Age from which a claim of another participant is taken for that of a dead one."""
@@ -38,7 +39,7 @@ class Task(Protocol):
 
     @property
     def claim(self) -> Path:
-        """A file whose age says how long somebody has been doing this."""
+        """A file whose age says when somebody who does this was last seen."""
 
     def done(self) -> bool:
         """Whether the result is on disk."""
@@ -98,10 +99,40 @@ def _is_claimed(task: Task) -> bool:
         return False
 
 
-def _claim(task: Task, share: Share) -> None:
-    if share.parts > 1:
-        task.claim.parent.mkdir(parents=True, exist_ok=True)
-        task.claim.touch()
+class _Claims:
+    """The claims of tasks under way, which a thread keeps young until they are done.
+
+    Args:
+        share: a single participant claims nothing.
+    """
+
+    def __init__(self, share: Share) -> None:
+        self._shared, self._held, self._ended = share.parts > 1, set(), threading.Event()
+
+    def __enter__(self) -> Self:
+        if self._shared:
+            threading.Thread(target=self._keep_young, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def take(self, task: Task) -> None:
+        """Say that a task is being done here."""
+        if self._shared:
+            task.claim.parent.mkdir(parents=True, exist_ok=True)
+            task.claim.touch()
+            self._held.add(task.claim)
+
+    def release(self, task: Task) -> None:
+        """Say no longer so."""
+        self._held.discard(task.claim)
+
+    def _keep_young(self) -> None:
+        while not self._ended.wait(PATIENCE_SECONDS / 4):
+            for path in self._held.copy():
+                with contextlib.suppress(OSError):
+                    os.utime(path)
 
 
 def run_tasks(tasks: Sequence[Task], share: Share, workers: int, on_done: Callable[[Handled], None]) -> None:
@@ -114,26 +145,30 @@ def run_tasks(tasks: Sequence[Task], share: Share, workers: int, on_done: Callab
         on_done: called once per task.
     """
     queue = to_do(tasks, share)
-    if workers == 0:
-        for task in queue:
-            if task is None:
-                time.sleep(POLL_SECONDS)
-            elif task.done():
-                on_done(Handled())
-            else:
-                _claim(task, share)
-                on_done(task.run())
-        return
-    while True:
-        unfinished = _run_in_pool(queue, share, min(workers, len(tasks)), on_done)
-        if not unfinished:
+    with _Claims(share) as claims:
+        if workers == 0:
+            _run_here(queue, claims, on_done)
             return
-        for task in unfinished:
-            on_done(_run_alone(task))
+        while unfinished := _run_in_pool(queue, claims, min(workers, len(tasks)), on_done):
+            for task in unfinished:
+                on_done(_run_alone(task))
+                claims.release(task)
+
+
+def _run_here(queue: Iterator[Task | None], claims: _Claims, on_done: Callable[[Handled], None]) -> None:
+    for task in queue:
+        if task is None:
+            time.sleep(POLL_SECONDS)
+        elif task.done():
+            on_done(Handled())
+        else:
+            claims.take(task)
+            on_done(task.run())
+            claims.release(task)
 
 
 def _run_in_pool(
-    queue: Iterator[Task | None], share: Share, workers: int, on_done: Callable[[Handled], None]
+    queue: Iterator[Task | None], claims: _Claims, workers: int, on_done: Callable[[Handled], None]
 ) -> list[Task]:
     """Run until the queue is empty, or until a worker dies: then return the tasks that were under way."""
     running: dict[Future, Task] = {}
@@ -155,11 +190,11 @@ def _run_in_pool(
                     if task.done():
                         on_done(Handled())
                         continue
-                    _claim(task, share)
+                    claims.take(task)
                     running[pool.submit(task.run)] = task
                 for future in wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED).done:
                     handled = future.result()
-                    del running[future]
+                    claims.release(running.pop(future))
                     on_done(handled)
             return []
         except BrokenProcessPool:

@@ -3,20 +3,19 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from megatron_anyexperts.corpus.chunk_list import ChunkList
 from megatron_anyexperts.corpus.corpus import Corpus
 from megatron_anyexperts.corpus.facts import Facts
 from megatron_anyexperts.corpus.files import write_json
 from megatron_anyexperts.corpus.measure import TokenCounter, measures
-from megatron_anyexperts.corpus.plan import ShardPlan
+from megatron_anyexperts.corpus.plan import ShardFile, ShardPlan
 from megatron_anyexperts.corpus.sample import DOCUMENT_KIND, Rejected, Sample
 from megatron_anyexperts.corpus.scan import describe, load_scan, scan_path
-from megatron_anyexperts.corpus.sources.base import Chunk
 from megatron_anyexperts.corpus.transform import transform
 from megatron_anyexperts.corpus.unforeseen import foreseen, guarded
 from megatron_anyexperts.files import atomic_file
@@ -72,12 +71,12 @@ class _HashingFile:
         return self._file.write(data)
 
 
-def write_shard(corpus: Corpus, chunks: Mapping[int, Chunk], plan: ShardPlan, output: Path, version: str) -> dict:
+def write_shard(corpus: Corpus, chunks: ChunkList, plan: ShardPlan, output: Path, version: str) -> dict:
     """Write a shard and its manifest; both appear only when complete.
 
     Args:
         corpus: sources, limits, transformations.
-        chunks: the chunks that hold the samples, by number.
+        chunks: all chunks.
         plan: what the shard holds.
         output: folder of the corpus; `output/tokenizer` exists.
         version: of the tool, for the manifest.
@@ -141,17 +140,18 @@ def check_tokens(tokens: int, limit: int | None) -> None:
         raise Rejected("too many tokens", f"{tokens}, max_tokens {limit}")
 
 
-def _planned_items(corpus: Corpus, chunks: Mapping[int, Chunk], plan: ShardPlan, work: Path, rejected: list[dict]):
+def _planned_items(corpus: Corpus, chunks: ChunkList, plan: ShardPlan, work: Path, rejected: list[dict]):
     """Read the planned samples again, in order; what is not what it was goes to `rejected`."""
     keys = plan.sample_keys()
     for run in np.split(np.arange(len(keys)), np.flatnonzero(np.diff(plan.chunks)) + 1):
         number = int(plan.chunks[run[0]])
-        source = corpus.sources[chunks[number]["source"]]
+        chunk = chunks[number]
+        source = corpus.sources[chunk["source"]]
         scan = load_scan(scan_path(work, number))
         facts = dict(zip(scan.accepted["position"].tolist(), scan.facts, strict=True))
         missing = dict(zip(plan.samples["position"][run].tolist(), run.tolist(), strict=True))
         wanted = frozenset(missing)
-        items = source.read(chunks[number], wanted, corpus.limits.max_media_bytes)
+        items = source.read(chunk, wanted, corpus.limits.max_media_bytes)
         for position, item in guarded(items, source.label):
             if position not in missing:
                 continue  # damage behind the planned items, which was counted by the scan
@@ -161,19 +161,19 @@ def _planned_items(corpus: Corpus, chunks: Mapping[int, Chunk], plan: ShardPlan,
             if isinstance(item, Rejected):
                 rejected.append(describe(item) | {"key": key})
             else:
-                yield key, chunks[number], item, facts[position]
+                yield key, chunk, item, facts[position]
         for position, index in missing.items():
-            gone = Rejected("gone since it was scanned", origin=source.origin(chunks[number], position))
+            gone = Rejected("gone since it was scanned", origin=source.origin(chunk, position))
             rejected.append(describe(gone) | {"key": keys[index]})
 
 
-def is_written(plan: ShardPlan, output: Path) -> bool:
+def is_written(shard: ShardFile, output: Path) -> bool:
     """Whether the shard of this very plan is on disk."""
-    path = output / plan.name
+    path = output / shard.name
     try:
         manifest = json.loads(manifest_path(path).read_bytes())
     except (OSError, ValueError):
         return False
-    if manifest["plan"] != plan.digest:
+    if manifest["plan"] != shard.digest:
         return False
     return manifest["samples"] == 0 or (path.is_file() and path.stat().st_size == manifest["bytes"])

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from megatron_anyexperts.corpus.build import build
-from megatron_anyexperts.corpus.near import repeated_images
+from megatron_anyexperts.corpus.corpus import parse_corpus
+from megatron_anyexperts.corpus.scan import ACCEPTED, Scan
 from megatron_anyexperts.corpus.workers import Share
+from tests.corpus.planned import plan_in_parts
 from tests.corpus.raw import corpus_of, write
 
 TEXT = (
@@ -69,5 +71,10 @@ def test_image_search_by_bands_finds_what_comparing_all_pairs_finds(bases, flips
         expected.append(near)
         if not near:
             kept.append(value)
-    groups = np.arange(len(hashes), dtype=np.uint64)
-    assert repeated_images(np.array(hashes, dtype=np.uint64), groups, bits).tolist() == expected
+    rows = [(number, 0, number, number, 1, 1) for number in range(len(hashes))]
+    facts: list[list] = [[]] * len(rows)
+    scan = Scan(np.array(rows, ACCEPTED), facts, [], np.empty((0, 64), np.uint64), np.array(hashes, np.uint64))
+    sources = [{"type": "text_folder", "path": "."}]
+    corpus = parse_corpus({"name": "x", "sources": sources, "dedup": {"near_image": bits}})
+    _, left_out, _ = plan_in_parts(corpus, [scan])
+    assert left_out == [(0, number, "near-duplicate image") for number in np.flatnonzero(expected)]

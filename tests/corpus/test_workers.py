@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_anyexperts.corpus import workers as workers_module
 from megatron_anyexperts.corpus.workers import PATIENCE_SECONDS, Handled, Share, in_turn, run_tasks
 
 
@@ -57,6 +58,29 @@ def test_what_another_has_claimed_is_left_to_it_until_the_claim_is_old(tmp_path,
     other.start()
     run_tasks(tasks, Share(0, 2), workers, done.append)
     assert sorted(handled.items for handled in done) == [0, 1, 1, 1]
+
+
+def test_the_claim_of_a_long_task_stays_young_until_it_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers_module, "PATIENCE_SECONDS", 0.4)
+    task = SlowTask(tmp_path / "a")
+    run_tasks([task], Share(0, 2), 0, lambda handled: None)
+    seen = [float(line) for line in task.path.read_text().split()]
+    assert max(seen) < 0.4
+    time.sleep(0.6)
+    assert time.time() - task.claim.stat().st_mtime > 0.4
+
+
+@dataclass(frozen=True)
+class SlowTask(FileTask):
+    """Takes longer than anybody's patience, and notes the age of its claim from time to time."""
+
+    def run(self) -> Handled:
+        ages = []
+        for _ in range(20):
+            time.sleep(0.05)
+            ages.append(time.time() - self.claim.stat().st_mtime)
+        self.path.write_text("\n".join(map(str, ages)))
+        return Handled(1)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -71,6 +71,13 @@ class Layout:
         filled = -(-int(self.row_starts[-1]) // self.sizes.bucket_rows)
         return 1 << max(0, filled - 1).bit_length()
 
+    def decided(self, search: str) -> Path:
+        """Folder of the last round of a search, after which everything is decided."""
+        number = 0
+        while self.part(f"{search}-round", number + 1).is_dir():
+            number += 1
+        return self.part(f"{search}-round", number)
+
     def chunks_of(self, group: int) -> np.ndarray:
         """Numbers of the chunks of a group in plan order, int64."""
         folder = self.part("groups")

@@ -28,6 +28,8 @@ def atomic_folder(path: Path, scratch: Path) -> Iterator[Path]:
     try:
         yield made
         for file in made.iterdir():
+            if not file.stat().st_size:
+                continue
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
         sync_folder(made)
@@ -81,16 +83,3 @@ def load_bits(path: Path, places: np.ndarray) -> np.ndarray:
     first = int(places.min()) // 8
     packed = np.fromfile(path, np.uint8, int(places.max()) // 8 + 1 - first, offset=first)
     return (packed[places // 8 - first] >> (7 - places % 8).astype(np.uint8) & 1).astype(bool)
-
-
-def round_folder(plan: Path, name: str, number: int) -> Path:
-    """What a round of comparisons decided."""
-    return plan / f"{name}-round" / str(number)
-
-
-def decided(plan: Path, name: str) -> Path:
-    """The last round, after which everything is decided."""
-    number = 0
-    while round_folder(plan, name, number + 1).is_dir():
-        number += 1
-    return round_folder(plan, name, number)

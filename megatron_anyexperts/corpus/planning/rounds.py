@@ -9,12 +9,13 @@ first undecided row is always decided. A cluster of n similar rows costs one rou
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megatron_anyexperts.corpus.planning.layout import Layout
-from megatron_anyexperts.corpus.planning.parts import load_bits, load_part, round_folder, save_bits, save_parts
+from megatron_anyexperts.corpus.planning.parts import load_bits, load_part, save_bits, save_parts
 from megatron_anyexperts.corpus.planning.similar import KEYED, Search
 
 EDGE = np.dtype([("earlier", "<i8"), ("later", "<i8")])
@@ -36,25 +37,34 @@ def compare(search: Search, number: int, layout: Layout, bucket: int, folder: Pa
         bucket: table * buckets + bucket.
         folder: of the part.
     """
-    rows, position = _runs(search, number, layout, bucket)
+    runs = _undecided_runs(search, number, layout, bucket)
     pivots = layout.sizes.pivots * GROWTH**number
-    rows[position >= pivots].tofile(folder / "blocked.bin")
+    runs.rows[runs.places >= pivots].tofile(folder / "blocked.bin")
     edges = [np.empty(0, EDGE)]
-    for start in range(0, len(rows), layout.sizes.compared_rows):
-        stop = min(start + layout.sizes.compared_rows, len(rows))
-        edges += _batch_edges(search, layout, bucket // layout.buckets, rows, position, start, stop, pivots)
+    for start in range(0, len(runs.rows), layout.sizes.compared_rows):
+        members = np.arange(start, min(start + layout.sizes.compared_rows, len(runs.rows)))
+        edges += _edges(search, layout, bucket // layout.buckets, runs, members, pivots)
     found = np.concatenate(edges)
     save_parts(folder / "edges", [(found, layout.group_of(found["later"]))], layout.groups)
 
 
-def _runs(search: Search, number: int, layout: Layout, bucket: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of runs of at least two, run by run in plan order, and the place of each in its run, int64 [M] each."""
+@dataclass(frozen=True)
+class Runs:
+    """The M members of runs of at least two, run by run, in each in plan order."""
+
+    rows: np.ndarray
+    """int64 [M]."""
+    places: np.ndarray
+    """int64 [M], place of each in its run, from 0."""
+
+
+def _undecided_runs(search: Search, number: int, layout: Layout, bucket: int) -> Runs:
     keys, rows = [], []
     for group in range(layout.groups):
         records = load_part(layout.part(f"{search.name}-bands", group) / "bands", bucket, KEYED)
         found = records["row"] + layout.row_starts[group]
         if number:
-            undecided = load_bits(round_folder(layout.folder, search.name, number - 1) / "waiting.bits", found)
+            undecided = load_bits(layout.part(f"{search.name}-round", number - 1) / "waiting.bits", found)
             records, found = records[undecided], found[undecided]
         keys.append(records["key"])
         rows.append(found)
@@ -65,32 +75,32 @@ def _runs(search: Search, number: int, layout: Layout, bucket: int) -> tuple[np.
     same[1:-1] = key[1:] == key[:-1]
     shared = same[:-1] | same[1:]
     row, first = row[shared], ~same[:-1][shared]
-    place = np.arange(len(row))
-    return row, place - np.maximum.accumulate(np.where(first, place, 0))
+    index = np.arange(len(row))
+    return Runs(row, index - np.maximum.accumulate(np.where(first, index, 0)))
 
 
-def _batch_edges(
-    search: Search, layout: Layout, table: int, rows: np.ndarray, position: np.ndarray, start: int, stop: int, pivots: int
+def _edges(
+    search: Search, layout: Layout, table: int, runs: Runs, members: np.ndarray, pivots: int
 ) -> Iterator[np.ndarray]:
-    """Edges from pivots to the members start .. stop; those of a run that began before are loaded as well."""
-    begin = start - int(position[start])
+    """Edges from pivots to consecutive members; the pivots of a run that began before them are loaded as well."""
+    start = int(members[0])
+    begin = start - int(runs.places[start])
     before = np.arange(begin, min(begin + pivots, start))
-    signatures = _signatures(search, layout, rows[np.concatenate([before, np.arange(start, stop)])])
+    signatures = _signatures(search, layout, runs.rows[np.concatenate([before, members])])
 
-    def loaded(members: np.ndarray) -> np.ndarray:
-        return signatures[np.where(members < start, members - begin, members - start + len(before))]
+    def loaded(index: np.ndarray) -> np.ndarray:
+        return signatures[np.where(index < start, index - begin, index - start + len(before))]
 
-    later = np.arange(start, stop)
     for pivot in range(pivots):
-        later = later[position[later] > pivot]
-        if not len(later):
+        members = members[runs.places[members] > pivot]
+        if not len(members):
             return
-        for part in range(0, len(later), PAIRS_AT_ONCE):
-            second = later[part : part + PAIRS_AT_ONCE]
-            first = second - position[second] + pivot
-            similar = search.similar(table, loaded(first), loaded(second))
+        for part in range(0, len(members), PAIRS_AT_ONCE):
+            later = members[part : part + PAIRS_AT_ONCE]
+            earlier = later - runs.places[later] + pivot
+            similar = search.similar(table, loaded(earlier), loaded(later))
             edges = np.empty(int(similar.sum()), EDGE)
-            edges["earlier"], edges["later"] = rows[first[similar]], rows[second[similar]]
+            edges["earlier"], edges["later"] = runs.rows[earlier[similar]], runs.rows[later[similar]]
             yield edges
 
 
@@ -117,7 +127,7 @@ def decide(search: Search, layout: Layout, number: int, folder: Path) -> None:
     memory = bytearray(count)
     state = np.frombuffer(memory, np.uint8)
     if number:
-        _restore(state, round_folder(layout.folder, search.name, number - 1))
+        _restore(state, layout.part(f"{search.name}-round", number - 1))
     parts = [layout.part(f"{search.name}-pairs-{number}", bucket) for bucket in range(search.tables * layout.buckets)]
     for part in parts:
         state[np.fromfile(part / "blocked.bin", "<i8")] = WAITING
@@ -159,4 +169,4 @@ def _from_earlier_groups(state: np.ndarray, part: Path, layout: Layout, group: i
 
 def undecided(layout: Layout, search: Search, number: int) -> int:
     """How many rows a round left undecided."""
-    return json.loads((round_folder(layout.folder, search.name, number) / "waiting.json").read_bytes())
+    return json.loads((layout.part(f"{search.name}-round", number) / "waiting.json").read_bytes())

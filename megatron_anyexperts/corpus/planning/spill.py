@@ -27,7 +27,8 @@ def census(layout: Layout, number: int, folder: Path) -> None:
         errors += len(unforeseen)
         example = unforeseen[-1] if unforeseen else example
     np.array(counts, dtype="<i8").tofile(folder / "counts.bin")
-    (folder / "census.json").write_text(json.dumps({"items": items, "errors": errors, "example": example}))
+    found = {"accepted": sum(counts), "items": items, "errors": errors, "example": example}
+    (folder / "census.json").write_text(json.dumps(found))
 
 
 def groups(layout: Layout, _: None, folder: Path) -> None:
@@ -48,8 +49,8 @@ def spill(layout: Layout, group: int, folder: Path) -> None:
     keys = []
     with (
         open(folder / "rows.bin", "wb") as rows,
-        open(folder / "text.bin", "wb") as texts,
-        open(folder / "image.bin", "wb") as images,
+        open(folder / "text-signatures.bin", "wb") as texts,
+        open(folder / "image-signatures.bin", "wb") as images,
     ):
         for chunk in layout.chunks_of(group).tolist():
             accepted, text_signatures, image_signatures = load_planned(scan_path(layout.work, chunk))
@@ -81,12 +82,12 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 def text_signatures(layout: Layout, group: int) -> np.ndarray:
     """MinHash signatures of a group, uint32 [n, PERMUTATIONS], mapped."""
-    return _mapped(layout.part("spill", group) / "text.bin", "<u4").reshape(-1, PERMUTATIONS)
+    return _mapped(layout.part("spill", group) / "text-signatures.bin", "<u4").reshape(-1, PERMUTATIONS)
 
 
 def image_signatures(layout: Layout, group: int) -> np.ndarray:
     """Perceptual hashes of a group, uint64 [n], mapped."""
-    return _mapped(layout.part("spill", group) / "image.bin", "<u8")
+    return _mapped(layout.part("spill", group) / "image-signatures.bin", "<u8")
 
 
 def text_keys(layout: Layout, group: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_anyexperts.corpus.planning.layout import Layout
-from megatron_anyexperts.corpus.planning.parts import decided, load_bits
+from megatron_anyexperts.corpus.planning.parts import load_bits
 from megatron_anyexperts.corpus.planning.repeats import answers, count_earlier, first_and_earlier, save_firsts
 from megatron_anyexperts.corpus.planning.spill import image_signatures, mix, text_keys
 
@@ -23,7 +23,7 @@ def kept(layout: Layout, group: int, folder: Path) -> None:
     if dedup.near_text is not None:
         repeated = count_earlier(layout, "text", group, *text_keys(layout, group)) > 0
         start, stop = layout.row_starts[group : group + 2].tolist()
-        dropped = load_bits(decided(layout.folder, "text") / "dropped.bits", np.arange(start, stop))
+        dropped = load_bits(layout.decided("text") / "dropped.bits", np.arange(start, stop))
         reasons[repeated | dropped] = TEXT
     if dedup.exact:
         reasons[repeats > 0] = EXACT
@@ -68,7 +68,7 @@ def image_survivors(layout: Layout, group: int) -> ImageSurvivors:
 def verdict(layout: Layout, group: int, folder: Path) -> None:
     """Store why each row is left out, when similar images are looked for as well."""
     reasons, images = kept_reasons(layout, group), image_survivors(layout, group)
-    dropped = load_bits(decided(layout.folder, "image") / "dropped.bits", images.leaders)
+    dropped = load_bits(layout.decided("image") / "dropped.bits", images.leaders)
     reasons[images.rows[images.foreign | dropped]] = IMAGE
     reasons.tofile(folder / "reasons.bin")
 
