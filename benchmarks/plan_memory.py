@@ -2,8 +2,8 @@
 
     python benchmarks/plan_memory.py --work /tmp/plan_memory --rows 100000 1000000 10000000
 
-Scans of invented samples are stored first (in a fifth contents that other scans hold too, in a tenth similar texts, in a
-tenth similar images); then one participant, a process of its own, makes the plan. Memory is the largest resident set
+Scans of invented samples are stored first (in a fifth contents that other scans hold too, in a tenth similar texts, in
+a tenth similar images); then one participant, a process of its own, makes the plan. Memory is the largest resident set
 of that process, which counts the pages of mapped files as well.
 """
 
