@@ -35,7 +35,8 @@ from megatron_anyexperts.data.cookers import cook
 from megatron_anyexperts.data.encode import DocumentEncoder
 from megatron_anyexperts.data.faults import FaultLedger
 from megatron_anyexperts.data.loader import MicrobatchLoader
-from megatron_anyexperts.data.packing import assemble_row, collate, from_buffer, pack_rows, row_order
+from megatron_anyexperts.data.microbatch import Microbatch, collate
+from megatron_anyexperts.data.packing import assemble_row, pack_rows, row_order
 from megatron_anyexperts.data.samples import Planned, SampleError
 from megatron_anyexperts.data.shard_reader import ShardReader
 from megatron_anyexperts.data.task_encoder import FeedTaskEncoder
@@ -109,7 +110,7 @@ def energon_loader(blend: Path, config: DataConfig, encoder: DocumentEncoder) ->
         blend_mode=datasets.blend_mode,
         repeat=False,
     )
-    return map(from_buffer, get_savable_loader(dataset))
+    return (Microbatch(**packed) for packed in get_savable_loader(dataset))
 
 
 def measure(loader: Any) -> dict[str, float]:
@@ -120,12 +121,12 @@ def measure(loader: Any) -> dict[str, float]:
     first = next(microbatches)
     cpu, start = cpu_seconds(), time.perf_counter()
     for microbatch in microbatches:
-        samples += sum(map(len, microbatch["sample_keys"]))
+        samples += sum(map(len, microbatch.sample_keys))
         tokens += int((microbatch["segment_ids"] > 0).sum())
         positions += microbatch["tokens"].numel()
     wall, cpu = time.perf_counter() - start, cpu_seconds() - cpu
     return {
-        "samples": samples + sum(map(len, first["sample_keys"])),
+        "samples": samples + sum(map(len, first.sample_keys)),
         "start s": start - begin,
         "samples/s": samples / wall,
         "tokens/s": tokens / wall,

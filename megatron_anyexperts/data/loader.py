@@ -21,8 +21,8 @@ from megatron_anyexperts.data.blend import open_blend
 from megatron_anyexperts.data.config import DataConfig
 from megatron_anyexperts.data.encode import DocumentEncoder
 from megatron_anyexperts.data.faults import DataFeedError, ErrorBudgetExceeded, FaultLedger, Quarantine
+from megatron_anyexperts.data.microbatch import Microbatch
 from megatron_anyexperts.data.mixture_schedule import MixtureScheduleError
-from megatron_anyexperts.data.packing import from_buffer
 from megatron_anyexperts.data.task_encoder import FeedTaskEncoder
 from megatron_anyexperts.data.vocabulary import Vocabulary
 from megatron_anyexperts.media import MediaShape
@@ -33,7 +33,7 @@ _COLLECT_EVERY = 100  # microbatches; Energon's 10 cost a hundredth of the time,
 
 
 class MicrobatchLoader:
-    """Iterator over the microbatches of one data-parallel rank (see `packing.collate` for their content).
+    """Iterator over the microbatches of one data-parallel rank (see `microbatch.FIELDS`).
 
     Args:
         blend: Energon dataset or metadataset file with a ``train`` split; may be an ``msc://`` address.
@@ -142,7 +142,7 @@ class MicrobatchLoader:
     def __iter__(self) -> "MicrobatchLoader":
         return self
 
-    def __next__(self) -> dict[str, Any]:
+    def __next__(self) -> Microbatch:
         """The next microbatch.
 
         Raises:
@@ -159,7 +159,7 @@ class MicrobatchLoader:
                 self._iterator = iter(self._loader)
                 if len(self.schedule.starts) > 1 and self._rounds_before == 0:
                     self._announce_stage()
-            microbatch = from_buffer(next(self._iterator))
+            microbatch = Microbatch(**next(self._iterator))
         except StopIteration:
             raise
         except ErrorBudgetExceeded as error:

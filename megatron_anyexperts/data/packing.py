@@ -1,11 +1,10 @@
-"""Packs samples into rows of exactly S positions and rows into microbatches."""
+"""Packs samples into rows of exactly S positions."""
 
 import hashlib
-from typing import Any
 
 import numpy as np
-import torch
 
+from megatron_anyexperts.data.microbatch import FIELDS
 from megatron_anyexperts.data.samples import Planned
 from megatron_anyexperts.media import PAD, MediaShape
 
@@ -49,17 +48,14 @@ def row_order(keys: list[list[str]]) -> list[int]:
 
 
 def assemble_row(samples: list[Planned], seq_length: int, shape: MediaShape, pad_id: int) -> dict[str, np.ndarray]:
-    """Lay decoded samples side by side in one row of the microbatch (see `collate`), padded to `seq_length`."""
+    """Lay decoded samples side by side in one row of a microbatch (see `microbatch.FIELDS`), padded to `seq_length`."""
     if (needed := sum(sample.size[0] for sample in samples)) > seq_length:
         raise ValueError(f"samples of {needed} positions do not fit a row of {seq_length}")
+    padding = {"tokens": pad_id, "labels": pad_id, "token_modality": PAD, "sample_modality": PAD}
     arrays = {
-        "tokens": np.full(seq_length, pad_id, np.int64),
-        "labels": np.full(seq_length, pad_id, np.int64),
-        "loss_mask": np.zeros(seq_length, np.float32),
-        "position_ids": np.zeros(seq_length, np.int64),
-        "segment_ids": np.zeros(seq_length, np.int32),
-        "token_modality": np.full(seq_length, PAD, np.int8),
-        "sample_modality": np.full(seq_length, PAD, np.int8),
+        name: np.full(seq_length, padding.get(name, 0), field.numpy)
+        for name, field in FIELDS.items()
+        if not field.ragged
     }
     start = 0
     for segment, sample in enumerate(samples, start=1):
@@ -81,50 +77,3 @@ def assemble_row(samples: list[Planned], seq_length: int, shape: MediaShape, pad
     arrays["audio_features"] = np.concatenate([empty_clip, *clips])
     arrays["audio_lengths"] = np.array([len(clip) for clip in clips], np.int32)
     return arrays
-
-
-_RAGGED = ("image_patches", "image_grids", "audio_features", "audio_lengths")
-_ALIGNMENT = 16  # bytes; at least the largest item of an array
-
-
-def collate(rows: list[dict[str, np.ndarray]], keys: list[list[str]]) -> dict[str, Any]:
-    """Join B rows into the microbatch that training consumes.
-
-    Returns:
-        tokens, labels, position_ids int64 [B, S]; loss_mask float32 [B, S]; segment_ids int32 [B, S], 0 at padding;
-        token_modality, sample_modality int8 [B, S], -1 at padding; image_patches float32 [P, 3 * p * p] and
-        image_grids int32 [N, 3] of all images and videos in order; audio_features float32 [F, n_mels] and
-        audio_lengths int32 [M] of all clips in order; sample_keys, a list of B lists.
-    """
-    microbatch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in _join(rows).items()}
-    microbatch["sample_keys"] = keys
-    return microbatch
-
-
-def collate_to_buffer(rows: list[dict[str, np.ndarray]], keys: list[list[str]]) -> dict[str, Any]:
-    """Like `collate`, with all arrays in one: a worker process then hands over one shared-memory segment, not eleven.
-
-    Returns:
-        buffer, uint8 [bytes]; layout, a list of (name, dtype, shape, first byte, end); sample_keys. For `from_buffer`.
-    """
-    arrays, layout, end = _join(rows), [], 0
-    for name, array in arrays.items():
-        start = -(-end // _ALIGNMENT) * _ALIGNMENT
-        end = start + array.nbytes
-        layout.append((name, getattr(torch, array.dtype.name), array.shape, start, end))
-    buffer = np.empty(end, np.uint8)
-    for name, *_, start, end in layout:
-        buffer[start:end] = arrays[name].reshape(-1).view(np.uint8)
-    return {"buffer": torch.from_numpy(buffer), "layout": layout, "sample_keys": keys}
-
-
-def from_buffer(packed: dict[str, Any]) -> dict[str, Any]:
-    """Return the microbatch of `collate`, whose tensors are views of one buffer: pinned, if that is."""
-    microbatch: dict[str, Any] = {"sample_keys": packed["sample_keys"]}
-    for name, dtype, shape, start, end in packed["layout"]:
-        microbatch[name] = packed["buffer"][start:end].view(dtype).view(shape)
-    return microbatch
-
-
-def _join(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: (np.concatenate if name in _RAGGED else np.stack)([row[name] for row in rows]) for name in rows[0]}

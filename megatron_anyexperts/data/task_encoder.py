@@ -8,7 +8,8 @@ from megatron.energon import SkipSample, TaskEncoder, stateless
 from megatron_anyexperts.data.cookers import COOKERS
 from megatron_anyexperts.data.encode import DocumentEncoder
 from megatron_anyexperts.data.faults import FaultLedger
-from megatron_anyexperts.data.packing import assemble_row, collate_to_buffer, pack_rows, row_order
+from megatron_anyexperts.data.microbatch import pack
+from megatron_anyexperts.data.packing import assemble_row, pack_rows, row_order
 from megatron_anyexperts.data.samples import Document, Planned, Row
 
 
@@ -55,4 +56,4 @@ class FeedTaskEncoder(TaskEncoder):
 
     @stateless
     def batch(self, rows: list[Row]) -> dict[str, Any]:
-        return collate_to_buffer([row.arrays for row in rows], [row.keys for row in rows])
+        return pack([row.arrays for row in rows], [row.keys for row in rows])

@@ -12,7 +12,8 @@ from megatron_anyexperts.data.config import DataConfig
 from megatron_anyexperts.data.cookers import cook
 from megatron_anyexperts.data.encode import DocumentEncoder
 from megatron_anyexperts.data.faults import DataFeedError, FaultLedger, Quarantine
-from megatron_anyexperts.data.packing import assemble_row, collate, pack_rows, row_order
+from megatron_anyexperts.data.microbatch import Microbatch, collate
+from megatron_anyexperts.data.packing import assemble_row, pack_rows, row_order
 from megatron_anyexperts.data.samples import Planned, SampleError
 from megatron_anyexperts.data.shard_reader import ShardReader
 from megatron_anyexperts.data.vocabulary import Vocabulary
@@ -68,8 +69,8 @@ class ValidationLoader:
     def __iter__(self) -> "ValidationLoader":
         return self
 
-    def __next__(self) -> dict[str, Any]:
-        """The next held-out microbatch (see `packing.collate`)."""
+    def __next__(self) -> Microbatch:
+        """The next held-out microbatch (see `microbatch.FIELDS`)."""
         rows = [[sample for planned in row for sample in self._decode(planned)] for row in self._next_rows()]
         seq_length, shape = self._encoder.limits[0], self._encoder.shape
         arrays = [assemble_row(row, seq_length, shape, self._pad_id) for row in rows]

@@ -12,7 +12,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core import mpu
@@ -22,7 +21,8 @@ from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron_anyexperts.data.blend import open_blend
 from megatron_anyexperts.data.cookers import cook
 from megatron_anyexperts.data.encode import DocumentEncoder
-from megatron_anyexperts.data.packing import assemble_row, collate, pack_rows
+from megatron_anyexperts.data.microbatch import LOGIT_INPUTS, collate
+from megatron_anyexperts.data.packing import assemble_row, pack_rows
 from megatron_anyexperts.data.samples import Document, Planned, SampleError
 from megatron_anyexperts.data.shard_reader import ShardReader
 from megatron_anyexperts.data.vocabulary import Vocabulary
@@ -161,9 +161,9 @@ class AnswerScorer:
             )
             for row in rows
         ]
-        batch = {name: value.to(device) for name, value in collate(arrays, []).items() if name != "sample_keys"}
+        batch = collate(arrays, []).to(device)
         labels_BS, mask_BS = batch["labels"], (batch["loss_mask"] > 0) & (batch["labels"] != end_id)
-        logits_BSV = model(**model_inputs(batch), segment_ids=batch["segment_ids"], runtime_gather_output=True)
+        logits_BSV = model(**batch.select((*LOGIT_INPUTS, "segment_ids")), runtime_gather_output=True)
         logits_BSV = self.known(logits_BSV.float())
         wrong_BS = (logits_BSV.argmax(-1) != labels_BS) & mask_BS
         losses_BS = torch.nn.functional.cross_entropy(logits_BSV.transpose(1, 2), labels_BS, reduction="none")
@@ -181,12 +181,6 @@ class AnswerScorer:
             if question.task == task
         )
         return max(answers.values()) / answers.total()
-
-
-def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """What a forward pass to logits takes of a microbatch, without the documents' borders."""
-    names = ("tokens", "position_ids", "token_modality", "image_patches", "image_grids", "audio_features")
-    return {name: batch[name] for name in (*names, "audio_lengths")}
 
 
 def score_table(scores: dict[str, Score]) -> str:

@@ -13,9 +13,9 @@ from megatron.core.inference.utils import InferenceMode
 from megatron_anyexperts.data.chat import chat_parts
 from megatron_anyexperts.data.cookers import EXTENSIONS
 from megatron_anyexperts.data.encode import DocumentEncoder
-from megatron_anyexperts.data.packing import assemble_row, collate
+from megatron_anyexperts.data.microbatch import LOGIT_INPUTS, collate
+from megatron_anyexperts.data.packing import assemble_row
 from megatron_anyexperts.data.samples import Document, Media, Planned, Text
-from megatron_anyexperts.evaluation.answers import model_inputs
 from megatron_anyexperts.evaluation.known_tokens import KnownTokens
 from megatron_anyexperts.moe.metrics import record_tokens
 
@@ -117,8 +117,7 @@ def decode(
         )
     device = torch.device(torch.cuda.current_device())
     row = assemble_row([encoder.decode(prompt)], length, encoder.shape, encoder.vocabulary.special["<|pad|>"])
-    batch = collate([row], [])
-    inputs = {name: value.to(device) for name, value in model_inputs(batch).items()}
+    inputs = collate([row], []).to(device).select(LOGIT_INPUTS)
     known = KnownTokens(encoder.vocabulary)
     with torch.no_grad(), InferenceMode.active():
         context = StaticInferenceContext(1, length + max_new_tokens)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
-from megatron_anyexperts.training.batch import TENSORS
+from megatron_anyexperts.data.microbatch import TRAINING_INPUTS, Microbatch
 from megatron_anyexperts.training.data import data_settings
 
 
-def held_out_batches(args: argparse.Namespace, microbatches: int) -> Iterator[dict[str, Any]]:
+def held_out_batches(args: argparse.Namespace, microbatches: int) -> Iterator[Microbatch]:
     """Yield the first microbatches of the held-out set on this process's device.
 
     Args:
@@ -24,11 +23,10 @@ def held_out_batches(args: argparse.Namespace, microbatches: int) -> Iterator[di
     loader = ValidationLoader(**data_settings(args), micro_batch_size=args.micro_batch_size, microbatches=microbatches)
     device = torch.device(torch.cuda.current_device())
     for _ in range(microbatches):
-        batch = next(loader)
-        yield {**{name: batch[name].to(device) for name in TENSORS}, "sample_keys": batch["sample_keys"]}
+        yield next(loader).to(device)
 
 
-def forward(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+def forward(model: torch.nn.Module, batch: Microbatch) -> torch.Tensor:
     """Return the [B, S] losses of one microbatch."""
     with torch.no_grad():
-        return model(**{name: value for name, value in batch.items() if name not in ("sample_keys", "sample_modality")})
+        return model(**batch.select(TRAINING_INPUTS))

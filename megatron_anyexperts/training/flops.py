@@ -38,7 +38,7 @@ def measure_work(batch: dict[str, Any], shape: MediaShape) -> torch.Tensor:
     """Count what a microbatch asks of the model, fp64 `[len(WORK)]` on its device, without waiting for the device.
 
     Args:
-        batch: see `batch.TENSORS`. Tokens attend to those before them in their document, patches to those of their
+        batch: see `microbatch.FIELDS`. Tokens attend to those before them in their document, patches to those of their
             frame, audio positions to those of their clip.
         shape: media geometry.
     """

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 
+from megatron_anyexperts.data.microbatch import TRAINING_INPUTS, Microbatch
 from megatron_anyexperts.media import MODALITIES, MediaShape
 from megatron_anyexperts.moe.metrics import token_modality
 from megatron_anyexperts.training.batch import next_batch
@@ -31,7 +31,7 @@ class ForwardStep:
         self.shape = shape
 
     def __call__(
-        self, data_iterator: Iterator[dict[str, Any]], model: torch.nn.Module
+        self, data_iterator: Iterator[Microbatch] | None, model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable]:
         """Return the [B, S] losses (or, before the last pipeline stage, activations) and the loss function."""
         timers = get_timers()
@@ -41,16 +41,15 @@ class ForwardStep:
                 batch = next_batch(data_iterator)
             # Virtual stages of one rank read the same samples; one of them is enough.
             if self.stats.sample_log is not None and get_attr_wrapped_model(model, "pre_process"):
-                self.stats.sample_log.add(batch["sample_keys"])
+                self.stats.sample_log.add(batch.sample_keys)
             if get_attr_wrapped_model(model, "post_process"):
                 self.stats.add_work(measure_work(batch, self.shape))
         else:
             batch = next_batch(data_iterator)
         timers("batch-generator").stop()
 
-        inputs = {name: value for name, value in batch.items() if name not in ("sample_keys", "sample_modality")}
         with token_modality(batch["token_modality"]):
-            output = model(**inputs)
+            output = model(**batch.select(TRAINING_INPUTS))
         return output, partial(loss_func, batch["loss_mask"], batch["sample_modality"], self.stats, model.training)
 
 

@@ -149,7 +149,7 @@ def test_plain_webdataset_and_the_loader_read_every_sample(real, tmp_path):
         tmp_path / "blend.yaml", config, MediaShape(), output / "tokenizer", 2048, 1, 0, 1, seed=1, endless=False
     )
     try:
-        read = Counter(key for microbatch in loader for row in microbatch["sample_keys"] for key in row)
+        read = Counter(key for microbatch in loader for row in microbatch.sample_keys for key in row)
     finally:
         loader.close()
     assert read == keys and loader.ledger.lost == 0

@@ -23,7 +23,7 @@ def text_blend(tmp_path):
 
 
 def keys(loader, microbatches: int) -> set[str]:
-    return {key for _ in range(microbatches) for row in next(loader)["sample_keys"] for key in row}
+    return {key for _ in range(microbatches) for row in next(loader).sample_keys for key in row}
 
 
 def names(start: int, stop: int) -> set[str]:
@@ -52,7 +52,7 @@ def test_bad_samples_are_counted_and_skipped(make_loader, tmp_path):
     samples[9]["json"]["caption"] = " "
     corpus.write_dataset(tmp_path / "image_text", "image_text", samples, 8)
     loader = make_loader(corpus.write_epoch_blend(tmp_path, ["image_text"]), endless=False)
-    seen = {key for microbatch in loader for row in microbatch["sample_keys"] for key in row}
+    seen = {key for microbatch in loader for row in microbatch.sample_keys for key in row}
     assert len(seen) == 32 - 3  # the last shard is held out
     assert loader.ledger.lost == 3
 

@@ -20,7 +20,7 @@ def test_placeholders_match_media_and_rows_are_full(make_loader, blend):
         assert len(batch["audio_features"]) == batch["audio_lengths"].sum()
         padding = batch["segment_ids"] == 0
         assert torch.equal(padding, modality == -1) and not batch["loss_mask"][padding].any()
-        assert [len(keys) for keys in batch["sample_keys"]] == batch["segment_ids"].amax(1).tolist()
+        assert [len(keys) for keys in batch.sample_keys] == batch["segment_ids"].amax(1).tolist()
         used.append((~padding).float().mean().item())
     assert sum(used) / len(used) > 0.9
 
@@ -31,7 +31,7 @@ def test_the_held_out_set_repeats_and_is_dealt_alike_to_any_number_of_ranks(blen
             ValidationLoader(blend, CONFIG, SHAPE, tokenizer, 256, 1, rank, dp_size, 4 // dp_size)
             for rank in range(dp_size)
         ]
-        first, second = ([next(rank)["sample_keys"][0] for _ in range(4 // dp_size) for rank in ranks] for _ in "ab")
+        first, second = ([next(rank).sample_keys[0] for _ in range(4 // dp_size) for rank in ranks] for _ in "ab")
         assert first == second
         return first
 

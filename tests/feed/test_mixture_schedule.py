@@ -73,7 +73,7 @@ def test_a_dataset_that_rested_goes_on_where_it_stopped(make_loader, blend, sche
 
     def texts(stages: list[dict], steps: int) -> list[str]:
         [loader] = [make_loader(blend, **schedule(stages), **settings)]
-        read = [next(loader)["sample_keys"] for _ in range(steps * STREAMS)]
+        read = [next(loader).sample_keys for _ in range(steps * STREAMS)]
         return [key for rows in read[::STREAMS] for row in rows for key in row if key.startswith("text/")]
 
     rested = texts([only[0], *rest], 12)
@@ -114,7 +114,7 @@ def test_a_blend_of_repetitions_repeats_its_datasets_as_often_as_it_says(make_lo
     loader = make_loader(blend, data_shuffle_buffer=0, data_packing_buffer=1)
     keys: Counter[str] = Counter()
     while keys.total() < 3 * 96:
-        keys.update(key for row in next(loader)["sample_keys"] for key in row)
+        keys.update(key for row in next(loader).sample_keys for key in row)
     assert len(keys) == 96 and max(keys.values()) <= 5 and min(keys.values()) >= 1
     with pytest.raises(MixtureScheduleError, match="a blend_epochized, which has repetitions and no weights"):
         make_loader(blend, **schedule(STAGES))

@@ -20,7 +20,7 @@ STREAMS = CONFIG.data_streams
 def rows_of_step(loaders: list) -> list[tuple]:
     """Sample keys of each row of one training step (one round), whichever rank drew it."""
     microbatches = [next(loader) for loader in loaders for _ in range(STREAMS // len(loaders))]
-    return sorted(tuple(row) for microbatch in microbatches for row in microbatch["sample_keys"])
+    return sorted(tuple(row) for microbatch in microbatches for row in microbatch.sample_keys)
 
 
 def merged(loaders: list) -> dict:
@@ -70,7 +70,7 @@ def test_one_epoch_holds_every_key_once_across_size_changes(make_loader, tmp_pat
             seen.update(key for row in rows_of_step(loaders) for key in row)
         if steps is None:
             [loader] = loaders
-            seen.update(key for microbatch in loader for row in microbatch["sample_keys"] for key in row)
+            seen.update(key for microbatch in loader for row in microbatch.sample_keys for key in row)
         else:
             state = merged(loaders)
     # The last shard of 8 samples of each kind is held out.
@@ -91,7 +91,7 @@ def _save_or_resume(rank: int, world_size: int, blend: str, tokenizer: str, stat
     if state is not None:
         loader.restore(state)
     share = STREAMS // world_size
-    keys = [[tuple(next(loader)["sample_keys"][0]) for _ in range(share)] for _ in range(steps)]
+    keys = [[tuple(next(loader).sample_keys[0]) for _ in range(share)] for _ in range(steps)]
     return keys, loader.state_for_checkpoint(torch.distributed.group.WORLD)
 
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_anyexperts.data.packing import assemble_row, collate, collate_to_buffer, from_buffer, pack_rows, row_order
+from megatron_anyexperts.data.microbatch import FIELDS, Microbatch, collate, pack
+from megatron_anyexperts.data.packing import assemble_row, pack_rows, row_order
 from megatron_anyexperts.data.samples import Planned
 from megatron_anyexperts.media import MediaShape
 
@@ -90,7 +91,7 @@ def test_media_of_a_microbatch_follow_the_order_of_their_placeholders():
     assert microbatch["image_patches"][:, 0].tolist() == [1.0, 1.0, 3.0]
     assert microbatch["image_grids"].tolist() == [[1, 1, 2], [1, 1, 1]]
     assert microbatch["audio_features"].shape == (4, 4) and microbatch["audio_lengths"].tolist() == [4]
-    assert microbatch["sample_keys"] == [["a", "b"], ["c"]]
+    assert microbatch.sample_keys == [["a", "b"], ["c"]]
 
 
 def test_a_text_microbatch_has_empty_media_of_the_right_width():
@@ -111,8 +112,8 @@ def test_a_microbatch_survives_the_journey_in_one_buffer():
     ]
     for row in ([parts[0]], [parts[1]], parts, [sample("c", 7)]):
         rows, keys = [assemble_row(row, 9, SHAPE, pad_id=0)], [[part.__key__ for part in row]]
-        expected, packed = collate(rows, keys), collate_to_buffer(rows, keys)
-        received = from_buffer(pickle.loads(ForkingPickler.dumps(packed)))
-        assert received.keys() == expected.keys() and received["sample_keys"] == keys
-        for name in expected.keys() - {"sample_keys"}:
-            assert torch.equal(received[name], expected[name]) and received[name].dtype == expected[name].dtype, name
+        received = Microbatch(**pickle.loads(ForkingPickler.dumps(pack(rows, keys))))
+        assert received.keys() == FIELDS.keys() == rows[0].keys() and received.sample_keys == keys
+        for name, field in FIELDS.items():
+            expected = torch.from_numpy(rows[0][name] if field.ragged else rows[0][name][None])
+            assert torch.equal(received[name], expected) and received[name].dtype == field.dtype, name

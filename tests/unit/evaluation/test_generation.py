@@ -8,11 +8,12 @@ import torch
 
 from megatron_anyexperts.data.config import DataConfig
 from megatron_anyexperts.data.encode import DocumentEncoder
-from megatron_anyexperts.data.packing import assemble_row, collate
+from megatron_anyexperts.data.microbatch import LOGIT_INPUTS, collate
+from megatron_anyexperts.data.packing import assemble_row
 from megatron_anyexperts.data.samples import Media, SampleError
 from megatron_anyexperts.data.tokenizer import train_tokenizer
 from megatron_anyexperts.data.vocabulary import Vocabulary
-from megatron_anyexperts.evaluation.answers import AnswerScorer, Question, model_inputs
+from megatron_anyexperts.evaluation.answers import AnswerScorer, Question
 from megatron_anyexperts.evaluation.generation import decode, generate, media_file, prompt_document
 from megatron_anyexperts.moe.metrics import record_tokens
 from tests.feed.corpus import image_bytes, prose, wav_bytes
@@ -55,7 +56,7 @@ def test_prefill_and_steps_give_the_logits_and_slots_of_one_pass(encoder, model,
     whole = with_answer(planned, list(tokens))
     row = assemble_row([encoder.decode(whole)], whole.size[0], SHAPE, pad)
     with torch.no_grad(), record_tokens() as once:
-        expected = model(**model_inputs(collate([row], [])))
+        expected = model(**collate([row], []).select(LOGIT_INPUTS))
     ids = sorted(encoder.vocabulary.ids())
     torch.testing.assert_close(torch.stack(logits)[:, ids], expected[0, -NEW:, ids], rtol=1e-4, atol=1e-4)
     assert steps.keys() == once.keys() and len(steps) == 2
