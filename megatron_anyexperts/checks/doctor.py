@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from unittest.mock import patch
 
-from megatron_anyexperts.platform import cpu
+from megatron_anyexperts.platform import cpu, seams
 
 FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 """Least CUDA compute capability of each FP8 recipe."""
@@ -248,6 +248,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--config", help="YAML file of training flags to check")
     own.add_argument("--ranks", type=int, help="size of the job; default: the smallest its parallel sizes allow")
     own.add_argument("--json", action="store_true", help="print what was found as JSON")
+    own.add_argument("--seams", action="store_true", help="print what is changed in Megatron, Energon and torch")
     return own
 
 
@@ -256,6 +257,10 @@ def main(cli: list[str] | None = None) -> int:
     # Megatron asserts it when it validates tensor parallelism.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     chosen, flags = parser().parse_known_args(cli)
+    if chosen.seams:
+        rows = [{**asdict(seam), "name": seam.name} for seam in seams.seams()]
+        print(json.dumps(rows) if chosen.json else seams.describe())
+        return 0
     found = inspect_installation()
     print(json.dumps(asdict(found)) if chosen.json else report(found))
     if chosen.config is None and not flags:

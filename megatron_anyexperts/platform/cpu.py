@@ -11,7 +11,6 @@ import contextlib
 import functools
 import importlib
 import logging
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -303,9 +302,3 @@ def bridge(training: bool = False) -> bool:
             entry.apply()
             _applied.add(entry)
     return True
-
-
-def describe() -> str:
-    """Return the table as text, one line per replaced attribute."""
-    rows = sorted(BRIDGES, key=operator.attrgetter("module", "attribute"))
-    return "\n".join(f"{row.module}.{row.attribute}: {row.reason}" for row in rows)

@@ -15,6 +15,8 @@ import torch
 from torch.distributed.checkpoint import default_planner, filesystem
 from torch.distributed.checkpoint._nested_dict import set_element
 
+from megatron_anyexperts.platform.seams import replace
+
 _METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         *("Metadata", "StorageMeta", "MetadataIndex", "TensorProperties", "TensorStorageMetadata"),
@@ -68,5 +70,5 @@ def _load_bytes(self: default_planner.DefaultLoadPlanner, read_item: Any, value:
 
 def install() -> None:
     """Restrict what a checkpoint may ask for; repeated calls are harmless."""
-    filesystem.pickle = SimpleNamespace(load=load_metadata, dump=pickle.dump)
-    default_planner.DefaultLoadPlanner.load_bytes = _load_bytes
+    replace(filesystem.__name__, "pickle", SimpleNamespace(load=load_metadata, dump=pickle.dump))
+    replace(default_planner.__name__, "DefaultLoadPlanner.load_bytes", _load_bytes)

@@ -20,6 +20,7 @@ from megatron.training import get_args, print_rank_0
 from megatron.training import training as megatron_training
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_anyexperts.platform.seams import replace
 from megatron_anyexperts.survival import checkpoints as files
 from megatron_anyexperts.survival import retention, runlog
 from megatron_anyexperts.survival.checkpoints import NotSaved
@@ -76,8 +77,8 @@ class Checkpoints:
 
     def install(self) -> None:
         """Let Megatron's training loop save and load through this object."""
-        megatron_training.save_checkpoint = self.save
-        megatron_training.load_checkpoint = self.load
+        replace(megatron_training.__name__, "save_checkpoint", self.save)
+        replace(megatron_training.__name__, "load_checkpoint", self.load)
 
     def _log(self, event: str, **fields: Any) -> None:
         if self.run is not None and torch.distributed.get_rank() == 0:
@@ -180,14 +181,12 @@ class Checkpoints:
             request.add_finalize_fn(lambda: self._seal(save_dir, iteration))
             schedule(request)
 
-        megatron_checkpointing.get_checkpoint_tracker_filename = lambda path: os.path.join(path, _UNVERIFIED_TRACKER)
-        megatron_checkpointing.schedule_async_save = schedule_and_seal
+        def put(tracker: Callable, schedule: Callable) -> None:
+            replace(megatron_checkpointing.__name__, "get_checkpoint_tracker_filename", tracker)
+            replace(megatron_checkpointing.__name__, "schedule_async_save", schedule)
 
-        def restore() -> None:
-            megatron_checkpointing.get_checkpoint_tracker_filename = tracker
-            megatron_checkpointing.schedule_async_save = schedule
-
-        return restore
+        put(lambda path: os.path.join(path, _UNVERIFIED_TRACKER), schedule_and_seal)
+        return lambda: put(tracker, schedule)
 
     def _save_data_state(self, folder: Path) -> None:
         if self.train_loader is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron.training import global_vars
 
+from megatron_anyexperts.platform.seams import replace
 from megatron_anyexperts.survival.lost_writes import LostWrites
 
 _RETRY_S = 30.0
@@ -61,4 +62,5 @@ class Curves:
 def install(args: argparse.Namespace) -> None:
     """Give Megatron's loop these curves on the last rank, where it writes them."""
     if args.tensorboard_dir and args.rank == args.world_size - 1:
-        global_vars._GLOBAL_TENSORBOARD_WRITER = Curves(args.tensorboard_dir, args.tensorboard_queue_size)
+        curves = Curves(args.tensorboard_dir, args.tensorboard_queue_size)
+        replace(global_vars.__name__, "_GLOBAL_TENSORBOARD_WRITER", curves)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from megatron_anyexperts.models.build import part_of
+from megatron_anyexperts.platform.seams import replace
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import ParamKey
@@ -98,4 +99,4 @@ def install() -> None:
         return config, {**(overrides or {}), **scaled}
 
     with_factors._anyexperts = True
-    training.get_megatron_optimizer_config = with_factors
+    replace(training.__name__, "get_megatron_optimizer_config", with_factors)

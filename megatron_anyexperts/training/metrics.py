@@ -16,6 +16,7 @@ from megatron.training import get_args, training
 from megatron_anyexperts.media import MODALITIES
 from megatron_anyexperts.moe.config import AnyExpertsConfig
 from megatron_anyexperts.moe.metrics import RoutingTracker
+from megatron_anyexperts.platform.seams import replace
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.heartbeat import Heartbeat
 from megatron_anyexperts.survival.run_directory import Run
@@ -161,4 +162,4 @@ def install() -> None:
     that step; the next interval's means would then contain it again.
     """
     if not hasattr(training.training_log, "over_whole_intervals"):
-        training.training_log = _over_whole_intervals(training.training_log)
+        replace(training.__name__, "training_log", _over_whole_intervals(training.training_log))

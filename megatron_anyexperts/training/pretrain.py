@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from megatron_anyexperts.platform import cpu, torch_checkpoint
+from megatron_anyexperts.platform.seams import replace
 from megatron_anyexperts.survival import heartbeat as heartbeats
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.checkpoints import NotSaved, NoUsableCheckpoint
@@ -245,7 +246,7 @@ def _run_megatron(
     # and import everything in it again, during the first save.
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
     manager.start(initializer=live_with_parent)
-    filesystem_async._results_queue = manager.Queue()
+    replace(filesystem_async.__name__, "_results_queue", manager.Queue())
     upstream.install()
     learning_rates.install()
     schedule.install()

@@ -13,6 +13,8 @@ from typing import Any
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer, MegatronOptimizer
 
+from megatron_anyexperts.platform.seams import replace
+
 
 def check(args: argparse.Namespace) -> None:
     """Refuse schedules that Megatron's scheduler would refuse by a bare assertion once the model is built.
@@ -122,4 +124,4 @@ PATCHES = (
 def install() -> None:
     """Let Megatron's optimizers go on with the settings of the command line; repeated calls are harmless."""
     for cls, name, wrap in PATCHES:
-        setattr(cls, name, wrap(vars(cls)[name]))
+        replace(cls.__module__, f"{cls.__name__}.{name}", wrap(vars(cls)[name]))

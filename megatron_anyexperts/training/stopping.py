@@ -11,6 +11,7 @@ from typing import Any
 from megatron.training import global_vars
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 
+from megatron_anyexperts.platform.seams import replace
 from megatron_anyexperts.survival.signals import STOP_SIGNALS
 
 
@@ -69,4 +70,4 @@ def install(args: argparse.Namespace) -> None:
     if before is not None and before._signal_received:
         handler._signal_received = True
     args.exit_signal_handler = True
-    global_vars._GLOBAL_SIGNAL_HANDLER = handler
+    replace(global_vars.__name__, "_GLOBAL_SIGNAL_HANDLER", handler)

@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -161,3 +162,11 @@ def test_a_run_is_checked_by_its_directory(capsys, tmp_path):
 def test_command_without_configuration_only_reports(capsys):
     assert doctor.main([]) == 0
     assert capsys.readouterr().out == doctor.report(doctor.inspect_installation()) + "\n"
+
+
+def test_the_table_of_what_is_replaced_is_printed(capsys):
+    assert doctor.main(["--seams"]) == 0
+    shown = capsys.readouterr().out
+    assert doctor.main(["--seams", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) > 50 and all(row["name"] in shown and row["reason"] in shown for row in rows)
