@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 # must share a process.
 PYTEST := $(PY) -m pytest --numprocesses 2 --dist loadgroup
 
-.PHONY: help setup demo check test test-slow lint lock clean
+.PHONY: help setup demo check test test-slow lint docs lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1@\2/p' Makefile | column -t -s @
@@ -28,6 +28,10 @@ test-slow: setup ## long runs: random kills, fuzzing, two trainings on a node
 
 lint: setup ## style
 	@$(PY) -m ruff check .
+
+docs: setup ## the documentation as a site, with the reference of all modules: build/site/index.html
+	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(PY) -m mkdocs build --quiet --strict
+	@echo build/site/index.html
 
 LOCK := $(PY) -m uv pip compile --quiet --python $(PY) --universal --python-version 3.12 --generate-hashes \
 	--no-annotate --no-header --no-build-isolation setup.py

@@ -50,6 +50,10 @@ setup(
         "dev": [
             "boto3>=1.35",
             "hypothesis>=6.130",
+            "mkdocs-gen-files>=0.6",
+            "mkdocs-literate-nav>=0.6",
+            "mkdocs-material>=9.7",
+            "mkdocstrings-python>=2",
             "moto[server]>=5",
             "mpi4py>=4.1",
             "openmpi>=5.0",
