@@ -15,7 +15,7 @@ PACKAGE = "megatron_anyexperts"
 LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".env": "bash"}
 PAGES = {
-    "Start": {"About": "index.md", "Where to begin": "guide.md", "Recipes": "recipes.md"},
+    "Start": {"About": "index.md", "Where to begin": "guide.md", "Recipes": "recipes.md", "64 GPUs": "cluster.md"},
     "Method": {
         "Routing": "routing.md",
         "Budgets": "budgets.md",

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_anyexperts.completion import all_flags
+from megatron_anyexperts.corpus.corpus import parse_corpus
+from megatron_anyexperts.corpus.mixture import load_mixture
 from tests.corpus.raw import raw_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,13 +23,22 @@ PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorte
 RECIPE = "recipe"
 """Blocks that the slow test runs in this order, in one folder."""
 
+DRY = "dry"
+"""What is queued by these is looked at with --dry-run, from which a queue is all that is missing."""
+
 HOW = {
     ("README.md", "make demo"): "the first runs what docs/recipes.md takes apart; the second runs this test",
-    ("README.md", "git clone"): "tests/slurm/test_submit.py and test_training.py submit",
+    ("README.md", "git clone"): DRY,
     ("README.md", "source .venv"): RECIPE,
     ("docs/building_shards.md", "python data_tools/fetch"): RECIPE,
+    ("docs/cluster.md", "docker"): "no container engine here; test_container_recipes",
+    ("docs/cluster.md", "slurm/submit build"): DRY,
+    ("docs/cluster.md", "anyexperts corpus plan"): "test_the_descriptions_of_the_cluster_page_are_valid",
+    ("docs/cluster.md", "anyexperts convert"): "as in docs/conversion.md",
+    ("docs/cluster.md", "anyexperts doctor"): DRY,
+    ("docs/cluster.md", "slurm/submit instruct"): DRY,
     ("docs/conversion.md", "python pretrain/convert"): "tests/end_to_end/test_conversion.py; no Ling weights are here",
-    ("docs/conversion.md", "python pretrain/upcycle"): "tests/end_to_end/test_conversion.py; the files are the reader's",
+    ("docs/conversion.md", "python pretrain/upcycle"): "tests/end_to_end/test_conversion.py; files of the reader",
     ("docs/gpu.md", "./bootstrap.sh"): "needs a GPU",
     ("docs/gpu.md", "proxy="): "tests/unit/checks/test_doctor.py validates each line of the table below it",
     ("docs/recipes.md", "python pretrain/demo.py"): "the block after it has its steps",
@@ -35,14 +47,14 @@ HOW = {
     ("docs/recipes.md", "torchrun"): RECIPE,
     ("docs/recipes.md", "python pretrain/generate.py --config pretrain/configs/instruct_demo.yaml --run"): RECIPE,
     ("docs/recipes.md", "python pretrain/generate.py --config pretrain/configs/instruct_demo.yaml --load"): RECIPE,
-    ("docs/slurm.md", "git clone"): "as in README.md",
+    ("docs/slurm.md", "git clone"): DRY,
     ("docs/survival.md", "(umask"): "tests/end_to_end/test_signed.py",
     ("docs/survival.md", ".venv/bin/torchrun"): RECIPE,
 }  # fmt: skip
-"""By page and beginning: `RECIPE`, or what shows that it works."""
+"""By page and beginning: `RECIPE`, `DRY`, or what shows that it works."""
 
 STARTS = {
-    *("python", "torchrun", "anyexperts", "make", "git", "source", "slurm/submit", "./bootstrap.sh", "proxy"),
+    *("python", "torchrun", "anyexperts", "docker", "make", "git", "source", "slurm/submit", "./bootstrap.sh", "proxy"),
     *(".venv/bin/torchrun", ".venv/bin/python", "(umask"),
 }
 """First words of commands, or variables."""
@@ -167,6 +179,41 @@ def test_the_commands_of_the_readme_run_as_printed(tmp_path):
     in_clean_shell(checkout, block.text)
     assert (checkout / "RUN/checkpoints/latest_checkpointed_iteration.txt").read_text() == "4"
     assert list((checkout / "RUN/pictures").glob("*.png"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/slurm.md", "docs/cluster.md"])
+def test_what_the_pages_submit_is_what_slurm_would_get(page, tmp_path):
+    checkout = scratch_checkout(tmp_path)
+    submitted = 0
+    for block in BLOCKS:
+        if block.page == page and block.how == DRY:
+            for line in block.text.replace("\\\n", " ").splitlines():
+                if line.startswith("slurm/submit"):
+                    # Folders of the pages are not here.
+                    line = line.replace(" -- ", " --dry-run -- ").replace("RUN=/shared", f"RUN={tmp_path}")
+                    in_clean_shell(checkout, line)
+                    submitted += 1
+    assert submitted
+
+
+def test_the_descriptions_of_the_cluster_page_are_valid(tmp_path):
+    corpus, mixture = re.findall(
+        r"^```yaml\n(.*?)^```", (ROOT / "docs/cluster.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert len(parse_corpus(yaml.safe_load(corpus)).sources) == 4
+    (tmp_path / "mixture.yaml").write_text(mixture)
+    planned = load_mixture(tmp_path / "mixture.yaml")
+    assert sum(stage.tokens for stage in planned.stages) // (4096 * 4096) == 13113
+
+
+def test_container_recipes_have_what_they_copy():
+    """Both take the same files from the same base, and run what a checkout runs."""
+    docker, apptainer = ((ROOT / "container" / name).read_text() for name in ("Dockerfile", "apptainer.def"))
+    [base] = re.findall(r"^ARG BASE=(\S+)$", docker, re.MULTILINE)
+    assert f"From: {base}" in apptainer
+    copied = " ".join(re.findall(r"^COPY (.*) \S+$", docker, re.MULTILINE)).split()
+    assert "requirements-fp8.lock" in copied and all((ROOT / name).exists() and name in apptainer for name in copied)
+    assert all("./bootstrap.sh dev,fp8" in text for text in (docker, apptainer))
 
 
 @pytest.mark.slow

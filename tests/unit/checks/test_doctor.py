@@ -153,6 +153,16 @@ def test_training_commands_of_the_gpu_page_are_valid(monkeypatch):
         assert doctor.refused_by_training(args, int(ranks), complete=True) is None, flags
 
 
+def test_training_jobs_of_the_cluster_page_are_valid(monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    page = (CONFIGS.parents[1] / "docs/cluster.md").read_text().replace("\\\n", " ")
+    jobs = re.findall(r"^slurm/submit (?:pretrain|instruct_tune) .*NODES=(\d+).* -- (.*)$", page, re.MULTILINE)
+    assert len(jobs) == 2
+    for nodes, flags in jobs:
+        args = doctor.parse_config(flags.split())
+        assert doctor.refused_by_training(args, 8 * int(nodes), complete=True) is None, flags
+
+
 def test_a_run_is_checked_by_its_directory(capsys, tmp_path):
     (tmp_path / "config.yaml").write_text("base: demo\nanyexperts-k-min: 5\n")
     assert doctor.main(["--run-dir", str(tmp_path)]) == 1
