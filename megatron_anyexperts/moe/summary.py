@@ -33,7 +33,8 @@ def summarise(
         and modalities with tokens. N is that of the layer with the most. S has tokens (over layers: token-layer pairs),
         slots, real, virtual (means), importance, importance_std, slots_histogram and real_histogram (counts by number
         of slots). D has rank_max_over_mean, rank_max_over_mean_peak, demanded_max_over_mean, expert_max_over_mean,
-        rerouted_share and displaced_share (of the slots received).
+        rerouted_share and displaced_share (of the slots received). A layer
+        has experts_over_mean as well: for each expert, the slots it received over the mean of all.
     """
     present = [layer for layer in range(len(sums_LMF)) if sums_LMF[layer, :, 0].sum() > 0]
     nonfinite = int(nonfinite_L.max()) if len(nonfinite_L) else 0
@@ -59,7 +60,8 @@ def summarise(
         }
         return result
 
-    layers = {layer + 1: both([layer]) for layer in present}
+    over_mean_LE = experts_LE / experts_LE.mean(1, keepdim=True).clamp(min=1e-9)
+    layers = {layer + 1: {**both([layer]), "experts_over_mean": over_mean_LE[layer].tolist()} for layer in present}
     return {**both(present), "layers": layers, "nonfinite_tokens": nonfinite}
 
 
@@ -80,21 +82,22 @@ def _tokens(row_F: Tensor, k_max: int) -> dict[str, Any]:
 
 
 def _groups(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: value for name, value in summary.items() if name not in ("load", "layers", "nonfinite_tokens")}
+    others = ("load", "layers", "nonfinite_tokens", "experts_over_mean")
+    return {name: value for name, value in summary.items() if name not in others}
 
 
 def scalars(summary: dict[str, Any], per_layer: bool) -> dict[str, float]:
-    """Return ``routing/<figure>/<modality>`` and ``routing/load/<figure>``, with per-layer ones on request."""
-    result: dict[str, float] = {"routing/nonfinite_tokens": summary["nonfinite_tokens"]}
-    parts = {"routing": summary}
+    """Return ``<figure>/<modality>`` and ``load/<figure>``, with ``layer_<number>/...`` on request."""
+    result: dict[str, float] = {"load/nonfinite_tokens": summary["nonfinite_tokens"]}
+    parts = {"": summary}
     if per_layer:
-        parts |= {f"routing/layer_{number}": layer for number, layer in summary["layers"].items()}
+        parts |= {f"layer_{number}/": layer for number, layer in summary["layers"].items()}
     for prefix, part in parts.items():
         for modality, figures in _groups(part).items():
             for key in ("slots", "real", "virtual", "importance", "importance_std"):
-                result[f"{prefix}/{key}/{modality}"] = figures[key]
+                result[f"{prefix}{key}/{modality}"] = figures[key]
         for key, value in part.get("load", {}).items():
-            result[f"{prefix}/load/{key}"] = value
+            result[f"{prefix}load/{key}"] = value
     return result
 
 
@@ -105,7 +108,7 @@ def write_histograms(writer, summary: dict[str, Any], iteration: int) -> None:
             counts = torch.tensor(figures[f"{key}_histogram"], dtype=torch.float64)
             value = torch.arange(len(counts), dtype=torch.float64)
             writer.add_histogram_raw(
-                f"routing/{key}_distribution/{modality}",
+                f"{key}_distribution/{modality}",
                 min=0,
                 max=len(counts) - 1,
                 num=int(counts.sum()),

@@ -64,6 +64,14 @@ SEAMS = (
         "tests/end_to_end/test_pretrain.py",
     ),
     Seam(
+        _LOOP, "evaluate", REPLACED, "training/evaluations.py",
+        "held-out losses are printed and dropped, and a run keeps them", "tests/end_to_end/test_pretrain.py",
+    ),
+    Seam(
+        _LOOP, "evaluate_and_print_results", REPLACED, "training/evaluations.py",
+        "it knows the iteration of an evaluation, which `evaluate` does not", "tests/end_to_end/test_pretrain.py",
+    ),
+    Seam(
         _LOOP, "get_megatron_optimizer_config", REPLACED, "training/learning_rates.py",
         "the loop has no way to give parts of the model their own learning rates",
         "tests/unit/training/test_learning_rates.py",

@@ -51,6 +51,16 @@ class Run:
         return self.logs / "metrics.jsonl"
 
     @property
+    def held_out(self) -> Path:
+        """Held-out losses of each evaluation, one JSON object a line."""
+        return self.logs / "held_out.jsonl"
+
+    @property
+    def expert_load(self) -> Path:
+        """Load of every expert in the newest log interval, one JSON object."""
+        return self.logs / "expert_load.json"
+
+    @property
     def quarantine(self) -> Path:
         """Samples that killed a decoder, one JSON object a line."""
         return self.logs / "quarantine.jsonl"

@@ -1,4 +1,4 @@
-"""Append-only logs of a run: `events.jsonl` for what happened, `metrics.jsonl` for how training goes."""
+"""Append-only logs of a run: `events.jsonl` for what happened, `metrics.jsonl` and `held_out.jsonl` for how it goes."""
 
 from __future__ import annotations
 
@@ -43,6 +43,32 @@ def append_metrics(run: Run, iteration: int, **figures: Any) -> None:
     append(run.metrics, {"iteration": iteration, "time": round(time.time(), 3)} | figures)
 
 
+def append_held_out(run: Run, iteration: int, **losses: float) -> None:
+    """Record the held-out losses after `iteration`: `loss`, and `loss_text` and so on."""
+    append(run.held_out, {"iteration": iteration, "time": round(time.time(), 3)} | losses)
+
+
+def write_expert_load(run: Run, iteration: int, layers: dict[int, list[float]]) -> None:
+    """Replace the record of how loaded each expert was in the log interval that ended with `iteration`.
+
+    Args:
+        run: the run it belongs to.
+        iteration: optimizer steps since the start of the run.
+        layers: layer number to received slots of each expert over their mean.
+    """
+    losses = _LOSSES.setdefault(run.expert_load, LostWrites(str(run.expert_load)))
+    unfinished = run.expert_load.with_suffix(".new")
+    try:
+        run.logs.mkdir(parents=True, exist_ok=True)
+        # Not synced: after a crash of the machine the next interval writes it anew.
+        unfinished.write_text(json.dumps({"iteration": iteration, "layers": layers}), encoding="utf-8")
+        unfinished.replace(run.expert_load)
+    except OSError as error:
+        losses.lost(error)
+    else:
+        losses.wrote()
+
+
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """Every complete record of a log; a line torn by a crash is left out, an absent file has none."""
     if not path.exists():
@@ -68,9 +94,25 @@ def read_events(run: Run) -> list[dict[str, Any]]:
 
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:
-    """Figures by iteration, ascending; of an iteration trained twice after a restart the later one counts."""
-    latest = {record["iteration"]: record for record in read(run.metrics) if "iteration" in record}
-    return [latest[iteration] for iteration in sorted(latest)]
+    """Figures by iteration, ascending; of steps trained twice after a restart the later ones count."""
+    return _by_iteration(run.metrics)
+
+
+def read_held_out(run: Run) -> list[dict[str, Any]]:
+    """Held-out losses by iteration, likewise."""
+    return _by_iteration(run.held_out)
+
+
+def _by_iteration(path: Path) -> list[dict[str, Any]]:
+    kept: dict[int, dict[str, Any]] = {}
+    for record in read(path):
+        if not isinstance(iteration := record.get("iteration"), int):
+            continue
+        # Going back means that the steps from here on are trained again.
+        while kept and next(reversed(kept)) >= iteration:
+            kept.popitem()
+        kept[iteration] = record
+    return list(kept.values())
 
 
 def append(path: Path, record: dict[str, Any]) -> bool:

@@ -1,9 +1,10 @@
-"""TensorBoard curves that a full disk may thin out, but not end the run for."""
+"""TensorBoard curves: grouped, with the configuration as the one text, and no reason to end a run on a full disk."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from functools import partial
@@ -13,6 +14,9 @@ from megatron.training import global_vars
 
 from megatron_anyexperts.platform.seams import replace
 from megatron_anyexperts.survival.lost_writes import LostWrites
+from megatron_anyexperts.training import run_config
+from megatron_anyexperts.training.arguments import switches
+from megatron_anyexperts.training.curve_names import grouped
 
 _RETRY_S = 30.0
 
@@ -35,6 +39,17 @@ class Curves:
 
     def __getattr__(self, name: str) -> Any:
         return partial(self._call, name)
+
+    def add_scalar(self, tag: str, *arguments: Any, **keywords: Any) -> None:
+        """As SummaryWriter's, under the name that `grouped` gives."""
+        self._call("add_scalar", grouped(tag), *arguments, **keywords)
+
+    def add_text(self, *_arguments: Any, **_keywords: Any) -> None:
+        """Nothing: Megatron writes one text for each of its 900 arguments here."""
+
+    def add_configuration(self, text: str) -> None:
+        """Show a YAML text under TEXT."""
+        self._call("add_text", "configuration", f"```yaml\n{text}```")
 
     def _call(self, name: str, *arguments: Any, **keywords: Any) -> None:
         try:
@@ -63,4 +78,5 @@ def install(args: argparse.Namespace) -> None:
     """Give Megatron's loop these curves on the last rank, where it writes them."""
     if args.tensorboard_dir and args.rank == args.world_size - 1:
         curves = Curves(args.tensorboard_dir, args.tensorboard_queue_size)
+        curves.add_configuration(run_config.text(sys.argv[1:], switches()))
         replace(global_vars.__name__, "_GLOBAL_TENSORBOARD_WRITER", curves)

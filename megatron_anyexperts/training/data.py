@@ -62,6 +62,8 @@ class DataProvider:
             batch = {"micro_batch_size": args.micro_batch_size, "rows_per_step": rows_per_step(args)}
             train = MicrobatchLoader(**common, **batch, seed=args.seed, announces=args.rank == 0)
             self.checkpoints.restore_data(train)
+            if mpu.is_pipeline_first_stage(ignore_virtual=True) and mpu.get_context_parallel_rank() == 0:
+                self.stats.ledger = train.ledger
             if args.data_mixture_schedule is not None:
                 check_length(train.schedule, args, args.iteration, args.consumed_train_samples)
             self._open_sample_log(args)

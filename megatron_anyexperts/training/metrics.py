@@ -20,6 +20,7 @@ from megatron_anyexperts.platform.seams import replace
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.heartbeat import Heartbeat
 from megatron_anyexperts.survival.run_directory import Run
+from megatron_anyexperts.training.curve_names import grouped
 from megatron_anyexperts.training.flops import PEAK_BF16, ModelFlops
 from megatron_anyexperts.training.step_stats import Interval, StepStats
 
@@ -84,12 +85,19 @@ class TrainingMetrics(RoutingTracker):
         interval = self.stats.drain(
             mpu.get_data_parallel_group(with_context_parallel=True), torch.device(torch.cuda.current_device())
         )
-        figures = interval.losses | self._throughput(interval)
+        figures = interval.losses | self._throughput(interval) | interval.feed
         for name, value in figures.items():
             if writer is not None:
                 writer.add_scalar(name, value, iteration)
+            if others.get("wandb_writer") is not None:
+                others["wandb_writer"].log({grouped(name): value}, iteration)
         if self.run is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            args, routing = get_args(), self.snapshot()
+            args, routing = get_args(), dict(self.snapshot())
+            layers = {number: dict(layer) for number, layer in routing["layers"].items()}
+            routing["layers"] = layers
+            runlog.write_expert_load(
+                self.run, iteration, {number: layer.pop("experts_over_mean") for number, layer in layers.items()}
+            )
             runlog.append_metrics(
                 self.run,
                 iteration,

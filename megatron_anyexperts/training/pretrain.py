@@ -236,7 +236,7 @@ def _run_megatron(
 
     from megatron_anyexperts.media import MediaShape
     from megatron_anyexperts.platform import megatron as upstream
-    from megatron_anyexperts.training import curves, learning_rates, metrics, schedule, stopping
+    from megatron_anyexperts.training import curves, evaluations, learning_rates, metrics, schedule, stopping
     from megatron_anyexperts.training.checkpoints import Checkpoints
     from megatron_anyexperts.training.data import DataProvider
     from megatron_anyexperts.training.forward_step import ForwardStep
@@ -259,6 +259,7 @@ def _run_megatron(
     stats = StepStats()
     torch.cuda.set_device(args.local_rank)  # the tracker keeps tensors there; Megatron selects the device only later
     metrics.install()
+    evaluations.install(run)
     set_moe_metrics_tracker(metrics.TrainingMetrics(args, transformer_config(args), stats, run, heartbeat))
     stopping.install(args)
     try:

@@ -61,11 +61,20 @@ def write(run: Run, words: list[str], switches: Mapping[str, bool]) -> None:
 
     Args:
         run: whose directory exists.
-        words: the full command line, as `arguments.merge` returns it.
-        switches: see `as_mapping`.
+        words, switches: see `text`.
 
     Raises:
         OSError: the disk refused.
+    """
+    write_text(run.config, text(words, switches))
+
+
+def text(words: list[str], switches: Mapping[str, bool]) -> str:
+    """The flags of this start as YAML, with the versions that carry them out as comments.
+
+    Args:
+        words: the full command line, as `arguments.merge` returns it.
+        switches: see `as_mapping`.
     """
     flags = {name: value for name, value in as_mapping(words, switches).items() if name not in ONE_START}
     for name in _PATHS:
@@ -74,7 +83,7 @@ def write(run: Run, words: list[str], switches: Mapping[str, bool]) -> None:
     versions = [f"python {sys.version.split()[0]}", *filter(None, map(_version, _PACKAGES)), f"commit {commit()}"]
     heading = [f"started as: {shlex.join(sys.argv[:1] + words)}", *versions]
     comments = "".join(f"# {line}\n" for line in " ".join(heading[:1]).splitlines() + heading[1:])
-    write_text(run.config, comments + yaml.safe_dump(flags, sort_keys=False, width=1000))
+    return comments + yaml.safe_dump(flags, sort_keys=False, width=1000)
 
 
 def _version(package: str) -> str | None:

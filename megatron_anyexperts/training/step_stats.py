@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_anyexperts.data.faults import FaultLedger
 from megatron_anyexperts.files import atomic_file
 from megatron_anyexperts.media import MODALITIES
 from megatron_anyexperts.survival import runlog
@@ -71,6 +72,7 @@ class Interval:
         data_wait: seconds of it that the slowest rank waited for the loader.
         work: counts of `flops.WORK` in these steps.
         first_step_s: seconds of the first step after a start; None in all later intervals.
+        feed: `samples_read` and `samples_lost` by the loaders, ahead of the steps.
     """
 
     losses: dict[str, float]
@@ -79,6 +81,7 @@ class Interval:
     data_wait: float
     work: dict[str, float]
     first_step_s: float | None
+    feed: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,13 +105,16 @@ class StepStats:
     Attributes:
         sample_log: takes the keys of training samples; None switches the log off.
         held_out_modalities: kinds of samples that the validation set holds, the same on all data-parallel ranks.
+        ledger: counts of the training loader, on one of the ranks that read the same; None on the others.
     """
 
     sample_log: SampleLog | None = None
     held_out_modalities: tuple[str, ...] = MODALITIES
+    ledger: FaultLedger | None = None
     _sums: _Sums = field(default_factory=_Sums)
     _began: float | None = None
     _warm: bool = False
+    _fed: tuple[int, int] = (0, 0)
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -161,6 +167,11 @@ class StepStats:
         torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
         seconds, data_wait = slowest.tolist()
 
+        fed = (self.ledger.seen, self.ledger.lost) if self.ledger else (0, 0)
+        news = flat.new_tensor([now - before for now, before in zip(fed, self._fed, strict=True)])
+        torch.distributed.all_reduce(news)
+        self._fed = fed
+
         by_modality, counts, steps = flat.split([2 * len(MODALITIES), len(WORK), len(sums.step_losses)])
         totals = by_modality.view(-1, 2)
         rows = [("loss", totals.sum(0).tolist())]
@@ -173,6 +184,7 @@ class StepStats:
             data_wait,
             dict(zip(WORK, counts.tolist(), strict=True)),
             sums.first_step_s,
+            dict(zip(("samples_read", "samples_lost"), map(int, news.tolist()), strict=True)),
         )
 
 

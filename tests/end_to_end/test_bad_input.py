@@ -7,6 +7,7 @@ import shutil
 import pytest
 import yaml
 
+from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.run_directory import Run
 from tests import deadly
 from tests.end_to_end.launch import TINY, pretrain, run_ranks_fresh
@@ -107,6 +108,8 @@ def test_samples_that_are_cut_or_kill_their_decoder_are_listed_and_training_goes
     assert "lost sample shard-" in result.output
     assert "lost sample image_text/" in result.output and "decoding kills the process: signal 11" in result.output
     assert 6 in result.losses
+    lines = runlog.read_metrics(Run(tmp_path / "run"))
+    assert sum(line["samples_lost"] for line in lines) > 0
     listed = [json.loads(line) for line in Run(tmp_path / "run").quarantine.read_text().splitlines()]
     assert listed and all(line["key"].startswith("image_text/") and line["stage"] == "decode" for line in listed)
 

@@ -1,5 +1,6 @@
 """Megatron's own loop trains this model: alike with static routing, in any layout, and across an interruption."""
 
+import json
 import math
 import re
 import shutil
@@ -141,6 +142,32 @@ def test_the_console_says_the_same(noisy):
         for value, name in zip(values, ("loss", "load_balancing_loss", "mtp_1_loss"), strict=True):
             assert float(value) == pytest.approx(line[name], rel=1e-5)
     assert line["load_balancing_loss"] == pytest.approx(1, abs=0.1)  # a mean over layers of losses that start at 1
+
+
+def test_the_run_keeps_every_evaluation(noisy):
+    for result in (noisy[0], noisy[2]):
+        said = re.findall(
+            r"validation loss at iteration (\d+).*? lm loss value: (\S+) .*?text loss value: (\S+)", result.output
+        )
+        kept = {line["iteration"]: line for line in runlog.read_held_out(result.run)}
+        assert said and {int(iteration) for iteration, *_ in said} <= set(kept)
+        for iteration, *losses in said:
+            line = kept[int(iteration)]
+            assert [line["loss"], line["loss_text"]] == pytest.approx([float(loss) for loss in losses], rel=1e-5)
+    whole, resumed = (runlog.read_held_out(noisy[which].run) for which in (0, 2))
+    assert [line["iteration"] for line in whole] == [line["iteration"] for line in resumed] == [2, 4, 6]
+
+
+def test_the_run_says_how_loaded_each_expert_is_and_what_was_read(noisy):
+    load = json.loads(noisy[0].run.expert_load.read_text())
+    assert load["iteration"] == 6 and list(load["layers"]) == ["2", "4", "5"]
+    for experts in load["layers"].values():
+        assert sum(experts) / len(experts) == pytest.approx(1)
+    lines = runlog.read_metrics(noisy[0].run)
+    assert all("experts_over_mean" not in layer for line in lines for layer in line["routing"]["layers"].values())
+    documents = {key.partition("#")[0] for keys in read_sample_log(noisy[0].run.samples).values() for key in keys}
+    assert sum(line["samples_read"] for line in lines) >= len(documents) > 0
+    assert sum(line["samples_lost"] for line in lines) == 0
 
 
 def test_throughput_is_that_of_training_steps_only(noisy):

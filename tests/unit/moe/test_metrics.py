@@ -116,9 +116,9 @@ def test_report_logs_losses_breakdown_and_distribution(setup):
     )  # fmt: skip
     assert "text: slots" in line and "rank load max/mean: 1.000" in line
     assert totals["z_loss"] > 0 and totals["importance_spread_loss"] > 0
-    assert writer.values["routing/slots/text"] == tracker.snapshot()["text"]["slots"]
-    assert writer.values["routing/layer_1/real/image"] == tracker.snapshot()["layers"][1]["image"]["real"]
-    assert writer.histograms["routing/slots_distribution/audio"]["num"] == 12
+    assert writer.values["slots/text"] == tracker.snapshot()["text"]["slots"]
+    assert writer.values["layer_1/real/image"] == tracker.snapshot()["layers"][1]["image"]["real"]
+    assert writer.histograms["slots_distribution/audio"]["num"] == 12
     assert all(math.isfinite(value) for value in writer.values.values())
 
 
@@ -130,7 +130,7 @@ def test_an_interval_is_reported_once_and_whole(setup):
         for _ in range(iteration):
             forward(built)
         lines.append(tracker.report(1.0, iteration, writer := Writer(), num_layers=1))
-        assert ("routing/slots/text" in writer.values) == (iteration == 3)
+        assert ("slots/text" in writer.values) == (iteration == 3)
     assert ["text: slots" in line for line in lines] == [False, False, True]
     assert tracker.snapshot()["all"]["tokens"] == (1 + 2 + 3) * 22
 
@@ -141,7 +141,7 @@ def test_tokens_that_are_not_finite_are_one_figure_and_in_no_other(setup):
     hidden[3, 0, 0], hidden[5, 1, 2], hidden[11, 0, 1] = math.nan, math.inf, math.nan  # the last one is padding
     forward(built, hidden)
     line = tracker.report(1.0, 1, writer := Writer(), num_layers=1)
-    assert tracker.snapshot()["nonfinite_tokens"] == writer.values["routing/nonfinite_tokens"] == 2
+    assert tracker.snapshot()["nonfinite_tokens"] == writer.values["load/nonfinite_tokens"] == 2
     assert "tokens that are NaN or Inf, without experts: 2 |" in line
     assert tracker.snapshot()["all"]["tokens"] == 20
     assert 2 <= tracker.snapshot()["all"]["slots"] <= 6

@@ -89,7 +89,7 @@ def test_curves_go_on_in_a_new_file_when_there_is_room_again(disk, capfd, monkey
     writer.flush()
     assert "writes again" in capfd.readouterr().err
     read = EventAccumulator(str(disk / "tensorboard")).Reload()
-    assert [event.step for event in read.Scalars("loss")] == [1, 30]
+    assert [event.step for event in read.Scalars("loss/all")] == [1, 30]
 
 
 PRINTS = """

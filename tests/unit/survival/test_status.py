@@ -105,11 +105,15 @@ def test_a_torn_line_loses_nothing_else(run):
     assert [row["iteration"] for row in runlog.read_metrics(run)] == [*range(1, 11), 12]
 
 
-def test_of_an_iteration_trained_twice_the_later_counts(run):
-    runlog.append_metrics(run, 3, loss=99.0)
+def test_of_steps_trained_twice_the_later_ones_count(run):
+    for iteration in (5, 7):  # resumed at 4, with a line for every other step
+        runlog.append_metrics(run, iteration, loss=99.0)
+        runlog.append_held_out(run, iteration, loss=98.0)
+    runlog.append_held_out(run, 7, loss=97.0)
     rows = runlog.read_metrics(run)
-    assert [row["iteration"] for row in rows] == list(range(1, 11))
-    assert rows[2]["loss"] == 99.0
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 7]
+    assert [row["loss"] for row in rows[4:]] == [99.0, 99.0]
+    assert [(row["iteration"], row["loss"]) for row in runlog.read_held_out(run)] == [(5, 98.0), (7, 97.0)]
 
 
 def test_pauses_between_restarts_hardly_change_the_expected_end():
