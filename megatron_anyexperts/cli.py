@@ -24,6 +24,7 @@ VERBS = {
     "pretrain": Verb("megatron_anyexperts.training.pretrain:main", "pretrain, or go on with a run", trains=True),
     "tune": Verb("megatron_anyexperts.training.instruct:main", "tune a pretrained model on conversations", trains=True),
     "generate": Verb(f"{_COMMANDS}.generate:main", "ask a model something, or score its held-out answers"),
+    "evaluate": Verb(f"{_COMMANDS}.evaluate:main", "held-out losses with standard errors, and answers"),
     "budgets": Verb(f"{_COMMANDS}.budgets:main", "held-out losses under other slot budgets, without training"),
     "pictures": Verb(f"{_COMMANDS}.pictures:main", "draw what routing learned"),
     "convert": Verb(f"{_COMMANDS}.convert:main", "weights from and to Hugging Face"),

@@ -33,6 +33,7 @@ class ValidationLoader:
         microbatches: microbatches of one evaluation on one rank: evaluation steps times microbatches per step.
 
     Attributes:
+        rows: distinct rows of the set, those of all ranks.
         modalities: kinds of samples in the set, the same on all ranks.
 
     Raises:
@@ -59,6 +60,7 @@ class ValidationLoader:
         rows = self._rows(blend, config, needed)
         if not rows:
             raise DataFeedError(f"the val split of {blend} holds no usable sample; set --eval-iters 0 or hold data out")
+        self.rows = min(len(rows), needed)
         rows = [rows[index % len(rows)] for index in range(needed)]
         present = {planned.sample_modality for row in rows for planned in row}
         self.modalities = tuple(name for name, code in MODALITY_CODES.items() if code in present)

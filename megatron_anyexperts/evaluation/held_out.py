@@ -8,7 +8,18 @@ from collections.abc import Iterator
 import torch
 
 from megatron_anyexperts.data.microbatch import TRAINING_INPUTS, Microbatch
+from megatron_anyexperts.data.validation import ValidationLoader
 from megatron_anyexperts.training.data import data_settings
+
+
+def held_out_loader(args: argparse.Namespace, microbatches: int) -> ValidationLoader:
+    """The held-out set of a run, for this process.
+
+    Args:
+        args: from `trained_model.start`.
+        microbatches: of one rank.
+    """
+    return ValidationLoader(**data_settings(args), micro_batch_size=args.micro_batch_size, microbatches=microbatches)
 
 
 def held_out_batches(args: argparse.Namespace, microbatches: int) -> Iterator[Microbatch]:
@@ -18,9 +29,7 @@ def held_out_batches(args: argparse.Namespace, microbatches: int) -> Iterator[Mi
         args: from `inference.start`.
         microbatches: how many.
     """
-    from megatron_anyexperts.data.validation import ValidationLoader
-
-    loader = ValidationLoader(**data_settings(args), micro_batch_size=args.micro_batch_size, microbatches=microbatches)
+    loader = held_out_loader(args, microbatches)
     device = torch.device(torch.cuda.current_device())
     for _ in range(microbatches):
         yield next(loader).to(device)

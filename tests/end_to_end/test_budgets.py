@@ -14,6 +14,7 @@ from tests.feed import corpus as small_corpus
 
 COMMAND = ROOT / "pretrain/evaluate_budgets.py"
 PICTURES = ROOT / "pretrain/show_routing.py"
+EVALUATE = ROOT / "pretrain/evaluate.py"
 GENERATE = ROOT / "pretrain/generate.py"
 
 
@@ -80,6 +81,34 @@ def test_losses_are_those_of_each_kind_of_sample(evaluated):
         assert set(row["losses"]) == {"all", "text", "image", "video"}
         kinds = [loss for kind, loss in row["losses"].items() if kind != "all"]
         assert min(kinds) < row["losses"]["all"] < max(kinds)
+
+
+def test_evaluation_gives_the_losses_of_the_trained_budget_and_their_errors(trained):
+    # Few enough batches not to repeat the held-out set.
+    code, output = trained.call(COMMAND, "--budgets", "1:1", "--batches", "2", "--json")
+    assert code == 0, output[-4000:]
+    budgets = json.loads(output[output.index("[\n") : output.rindex("]") + 1])
+    code, output = trained.call(EVALUATE, "--batches", "2")
+    assert code == 0, output[-4000:]
+    rows = {words[0]: words[1:] for line in output.splitlines() if len(words := line.split()) == 6}
+    for name, loss in budgets[0]["losses"].items():
+        documents, targets, mean, error, _ = rows[name]
+        assert float(mean) == pytest.approx(loss, abs=1e-3)
+        assert int(targets) > int(documents) > 1 and 0 < float(error) < 1
+
+
+def test_ranks_that_evaluate_together_read_every_document_once(trained):
+    def losses(*words: str, ranks: int) -> dict[str, dict]:
+        code, output = trained.call(EVALUATE, "--json", "--batches", "100", *words, ranks=ranks)
+        assert code == 0, output[-4000:]
+        [line] = [line for line in output.splitlines() if line.startswith('{"load"')]
+        return json.loads(line)["losses"]
+
+    alone, shared = losses(ranks=1), losses("--expert-model-parallel-size", "2", ranks=2)
+    assert shared.keys() == alone.keys() >= {"all", "text", "image", "video"}
+    for name, loss in alone.items():
+        assert [shared[name][key] for key in ("documents", "targets")] == [loss["documents"], loss["targets"]]
+        assert shared[name]["mean"] == pytest.approx(loss["mean"], rel=1e-4)
 
 
 def test_expert_parallel_ranks_share_the_work(trained, evaluated, tmp_path):

@@ -1,0 +1,56 @@
+"""Evaluate a trained model on what its data hold out.
+
+    anyexperts evaluate --run-dir RUN [--batches 64] [--data-path BLEND] [flags of the training]
+
+Prints the loss of each kind of sample with its standard error over documents, the real slots a token and layer by kind
+of token and, where conversations are held out, how many are answered exactly. The ranks share the work.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+
+from megatron_anyexperts.evaluation.trained_model import load_model, start
+from megatron_anyexperts.training.arguments import UsageError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of this command; all others go to Megatron's parser."""
+    own = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    own.add_argument("--batches", type=int, default=64, help="most held-out microbatches of a rank (default 64)")
+    own.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return own
+
+
+def main(cli: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    own, rest = parser().parse_known_args(cli)
+    try:
+        if own.batches < 1:
+            raise UsageError(f"--batches {own.batches} is below 1")
+        args = start(rest)
+        if args.pipeline_model_parallel_size > 1:
+            raise UsageError("pipeline stages cannot be evaluated one by one; use expert or tensor parallelism")
+        from megatron_anyexperts.evaluation.answers import AnswerScorer, score_table
+        from megatron_anyexperts.evaluation.losses import held_out_losses, loss_table
+
+        model = load_model(args)
+        result = held_out_losses(args, model, own.batches)
+        scores = AnswerScorer.from_args(args)(model)
+    except (UsageError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if os.environ["RANK"] != "0":
+        return 0
+    if own.json:
+        answers = {task: asdict(score) for task, score in scores.items()}
+        print(json.dumps({"load": args.load, "iteration": args.iteration, **asdict(result), "answers": answers}))
+        return 0
+    print(f"checkpoint: {args.load}, iteration {args.iteration}\n{loss_table(result)}")
+    if scores:
+        print(f"\n{score_table(scores)}")
+    return 0
