@@ -18,7 +18,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ def rows(cuda: bool, fp8_recipes: tuple[str, ...], fusion: bool = False) -> list
 
 def build(settings: dict[str, Any], options: Namespace) -> torch.nn.Module:
     """The check's model: two mixture blocks behind a dense one, with both encoders."""
-    from megatron_anyexperts.models.build import EncoderConfig, build_model
+    from megatron_anyexperts.models.build import EncoderConfig, LanguageModelConfig, build_model
     from megatron_anyexperts.moe.config import AnyExpertsConfig
 
     hidden = options.hidden_size
@@ -142,23 +142,9 @@ def build(settings: dict[str, Any], options: Namespace) -> torch.nn.Module:
         for kind in ("vision", "audio")
         for name, value in (("num_layers", 2), ("hidden_size", 256), ("ffn_hidden_size", 512), ("num_heads", 4))
     }
-    arguments = Namespace(
-        **asdict(EncoderConfig(**encoders)),
-        **asdict(SHAPE),
-        hybrid_layer_pattern="*-*E*E",
-        padded_vocab_size=VOCABULARY,
-        max_position_embeddings=options.seq_length,
-        seq_length=options.seq_length,
-        micro_batch_size=1,
-        fp16_lm_cross_entropy=False,
-        untie_embeddings_and_output_weights=True,
-        position_embedding_type="rope",
-        rotary_percent=0.5,
-        rotary_base=10000,
-        rotary_seq_len_interpolation_factor=None,
-    )
+    language = LanguageModelConfig("*-*E*E", VOCABULARY, options.seq_length, rotary_percent=0.5)
     torch.manual_seed(1)
-    model = build_model(arguments, config).to(options.device)
+    model = build_model(language, EncoderConfig(**encoders), SHAPE, config).to(options.device)
     return model.bfloat16() if config.bf16 else model
 
 

@@ -1,4 +1,4 @@
-"""Builds the multimodal model of one pipeline stage from Megatron's arguments, and freezes parts of it."""
+"""Builds the multimodal model of one pipeline stage, and freezes parts of it."""
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, fields
@@ -17,6 +17,26 @@ from megatron_anyexperts.models.multimodal import MultimodalModel
 from megatron_anyexperts.models.specs import decoder_stack_spec
 from megatron_anyexperts.models.vision import VisionEncoder
 from megatron_anyexperts.moe.config import AnyExpertsConfig
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """What Megatron's language model takes besides its transformer configuration; fields are named like Megatron's."""
+
+    hybrid_layer_pattern: str | None
+    padded_vocab_size: int
+    max_position_embeddings: int
+    untie_embeddings_and_output_weights: bool = True
+    position_embedding_type: str = "rope"
+    rotary_percent: float = 1.0
+    rotary_base: int = 10000
+    rotary_seq_len_interpolation_factor: int | None = None
+    fp16_lm_cross_entropy: bool = False
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> "LanguageModelConfig":
+        """Read the fields from Megatron's arguments."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
 
 @dataclass
@@ -80,13 +100,17 @@ def add_model_arguments(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def refuse_unsupported(args: Namespace, config: AnyExpertsConfig) -> None:
+def refuse_unsupported(pattern: str | None, config: AnyExpertsConfig) -> None:
     """Refuse what no model can be built from, before anything is built.
+
+    Args:
+        pattern: letters of the layers.
+        config: of the decoder.
 
     Raises:
         ValueError: no layer pattern, or a setting that the chosen modules do not support.
     """
-    if args.hybrid_layer_pattern is None:
+    if pattern is None:
         raise ValueError(
             "no --hybrid-layer-pattern given; one letter per layer: * attention, - dense MLP, E mixture of experts, "
             "for example '*-*E*E' for three blocks of which the first is dense"
@@ -101,13 +125,20 @@ def refuse_unsupported(args: Namespace, config: AnyExpertsConfig) -> None:
             f"mtp_num_layers={config.mtp_num_layers}: without packed sequences only one prediction layer "
             "keeps documents apart; use 1, or --transformer-impl transformer_engine"
         )
-    if config.fp8:
-        rows = get_fp8_align_size(config.fp8_recipe)
-        if args.seq_length * args.micro_batch_size % rows:
-            raise ValueError(
-                f"seq_length={args.seq_length} times micro_batch_size={args.micro_batch_size} is not a multiple of "
-                f"{rows}, the rows that FP8 multiplication with fp8_recipe={config.fp8_recipe} works on"
-            )
+
+
+def refuse_fp8_rows(seq_length: int, micro_batch_size: int, config: AnyExpertsConfig) -> None:
+    """Refuse microbatches whose rows FP8 multiplication cannot take.
+
+    Raises:
+        ValueError: names the sizes.
+    """
+    rows = get_fp8_align_size(config.fp8_recipe) if config.fp8 else 1
+    if seq_length * micro_batch_size % rows:
+        raise ValueError(
+            f"seq_length={seq_length} times micro_batch_size={micro_batch_size} is not a multiple of {rows}, the rows "
+            f"that FP8 multiplication with fp8_recipe={config.fp8_recipe} works on"
+        )
 
 
 def can_fuse_gradient_accumulation() -> bool:
@@ -121,7 +152,9 @@ def can_fuse_gradient_accumulation() -> bool:
 
 
 def build_model(
-    args: Namespace,
+    language: LanguageModelConfig,
+    encoders: EncoderConfig,
+    shape: MediaShape,
     config: AnyExpertsConfig,
     pre_process: bool = True,
     post_process: bool = True,
@@ -131,7 +164,9 @@ def build_model(
     """Build the part of the model that lives on one pipeline stage.
 
     Args:
-        args: Megatron's arguments together with those of `add_model_arguments`.
+        language: the language model's vocabulary, positions and layers.
+        encoders: sizes of the encoders, and what is frozen.
+        shape: media geometry.
         config: the decoder's configuration.
         pre_process: first pipeline stage: embedding and encoders.
         post_process: last pipeline stage: output layer and loss.
@@ -141,30 +176,27 @@ def build_model(
     Raises:
         ValueError: see `refuse_unsupported`.
     """
-    refuse_unsupported(args, config)
+    refuse_unsupported(language.hybrid_layer_pattern, config)
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     language_model = HybridModel(
         config=config,
         hybrid_stack_spec=decoder_stack_spec(config),
-        vocab_size=args.padded_vocab_size,
-        max_sequence_length=args.max_position_embeddings,
-        hybrid_layer_pattern=args.hybrid_layer_pattern,
+        vocab_size=language.padded_vocab_size,
+        max_sequence_length=language.max_position_embeddings,
+        hybrid_layer_pattern=language.hybrid_layer_pattern,
         pre_process=pre_process,
         post_process=post_process,
-        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        fp16_lm_cross_entropy=language.fp16_lm_cross_entropy,
         parallel_output=True,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type=args.position_embedding_type,
-        rotary_percent=args.rotary_percent,
-        rotary_base=args.rotary_base,
-        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        share_embeddings_and_output_weights=not language.untie_embeddings_and_output_weights,
+        position_embedding_type=language.position_embedding_type,
+        rotary_percent=language.rotary_percent,
+        rotary_base=language.rotary_base,
+        seq_len_interpolation_factor=language.rotary_seq_len_interpolation_factor,
         pg_collection=groups,
         vp_stage=vp_stage,
     )
-    encoders = EncoderConfig.from_args(args)
-    vision, audio = (
-        build_encoders(encoders, MediaShape.from_args(args), config, groups) if pre_process else (None, None)
-    )
+    vision, audio = build_encoders(encoders, shape, config, groups) if pre_process else (None, None)
     if language_model.mtp_process:
         number_prediction_layers(language_model.mtp)
     model = MultimodalModel(language_model, vision, audio)

@@ -66,10 +66,12 @@ def model_provider(
     """Megatron's model provider: one pipeline stage of the multimodal model."""
     from megatron.training import get_args
 
-    from megatron_anyexperts.models.build import build_model
+    from megatron_anyexperts.media import MediaShape
+    from megatron_anyexperts.models.build import EncoderConfig, LanguageModelConfig, build_model
 
     args = get_args()
-    return build_model(args, transformer_config(args), pre_process, post_process, vp_stage, pg_collection)
+    parts = (kind.from_args(args) for kind in (LanguageModelConfig, EncoderConfig, MediaShape))
+    return build_model(*parts, transformer_config(args), pre_process, post_process, vp_stage, pg_collection)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -81,7 +83,7 @@ def check(args: argparse.Namespace) -> None:
     from megatron_anyexperts.data.config import DataConfig
     from megatron_anyexperts.data.elastic import streams_per_rank
     from megatron_anyexperts.media import MediaShape
-    from megatron_anyexperts.models.build import can_fuse_gradient_accumulation, refuse_unsupported
+    from megatron_anyexperts.models.build import can_fuse_gradient_accumulation, refuse_fp8_rows, refuse_unsupported
     from megatron_anyexperts.training import batch_sizes
     from megatron_anyexperts.training.config import RunConfig
     from megatron_anyexperts.training.learning_rates import LearningRateConfig
@@ -103,7 +105,9 @@ def check(args: argparse.Namespace) -> None:
         if args.rank == 0:
             said = "gradient accumulation fusion is off: it needs apex (see anyexperts doctor)"
             print(said, file=sys.stderr)
-    refuse_unsupported(args, transformer_config(args))
+    decoder = transformer_config(args)
+    refuse_unsupported(args.hybrid_layer_pattern, decoder)
+    refuse_fp8_rows(args.seq_length, args.micro_batch_size, decoder)
     MediaShape.from_args(args)
     LearningRateConfig.from_args(args)
     for config in (DataConfig, RunConfig):

@@ -1,6 +1,5 @@
 """One process as the whole world, and small models to build."""
 
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,12 +31,11 @@ def one_rank(world):
 @pytest.fixture
 def make_model(one_rank):
     """`make_model(arguments={...}, **config)` builds a multimodal model with the same weights every time."""
-    from megatron_anyexperts.models.build import build_model
-    from tests.unit.models.small import small_arguments, small_config
+    from tests.unit.models.small import small_arguments, small_config, small_model
 
     def make(arguments: dict | None = None, **config):
         torch.manual_seed(1)
-        args = SimpleNamespace(**small_arguments(**(arguments or {})))
-        return build_model(args, small_config(args.hybrid_layer_pattern or "*-", **config))
+        arguments = small_arguments(**(arguments or {}))
+        return small_model(small_config(arguments["hybrid_layer_pattern"] or "*-", **config), arguments)
 
     return make

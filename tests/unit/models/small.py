@@ -1,9 +1,13 @@
 """Small configurations, and batches made by hand."""
 
+from types import SimpleNamespace
+
 import torch
 from megatron.core.models.hybrid.hybrid_layer_allocation import get_hybrid_total_layer_count
 
 from megatron_anyexperts.media import MediaShape
+from megatron_anyexperts.models.build import EncoderConfig, LanguageModelConfig, build_model
+from megatron_anyexperts.models.multimodal import MultimodalModel
 from megatron_anyexperts.moe.config import AnyExpertsConfig
 
 SHAPE = MediaShape(patch_size=2, spatial_merge=2, n_mels=5, audio_stride=4)
@@ -51,7 +55,7 @@ def small_config(pattern: str = "*-*-", **changes) -> AnyExpertsConfig:
 
 
 def small_arguments(**changes) -> dict:
-    """The arguments that `build_model` reads."""
+    """The arguments from which a model is built."""
     return {
         "hybrid_layer_pattern": "*-*-",
         "padded_vocab_size": VOCABULARY,
@@ -83,6 +87,13 @@ def small_arguments(**changes) -> dict:
         "n_mels": SHAPE.n_mels,
         "audio_stride": SHAPE.audio_stride,
     } | changes
+
+
+def small_model(config: AnyExpertsConfig, arguments: dict | None = None, **stage) -> MultimodalModel:
+    """The model of `small_arguments`."""
+    args = SimpleNamespace(**(small_arguments() if arguments is None else arguments))
+    parts = (kind.from_args(args) for kind in (LanguageModelConfig, EncoderConfig, MediaShape))
+    return build_model(*parts, config, **stage)
 
 
 def text_batch(lengths: list[int], padding: int = 0, seed: int = 0) -> dict:

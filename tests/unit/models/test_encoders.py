@@ -89,12 +89,9 @@ def test_clips_encode_alike_alone_and_together(make_encoders, lengths):
 @pytest.fixture(scope="module")
 def make_encoders(world):
     """A model for property-based tests, which cannot take function-scoped fixtures."""
-    from types import SimpleNamespace
+    from tests.unit.models.small import small_model
 
-    from megatron_anyexperts.models.build import build_model
-    from tests.unit.models.small import small_arguments
-
-    return build_model(SimpleNamespace(**small_arguments()), small_config())
+    return small_model(small_config())
 
 
 def test_audio_names_the_counts_that_disagree(model):

@@ -1,6 +1,5 @@
 """The multimodal model under tensor, sequence and pipeline parallelism computes what one rank computes."""
 
-from types import SimpleNamespace
 
 import torch
 from megatron.core import parallel_state
@@ -8,11 +7,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_anyexperts.models.build import build_model
 from tests.multirank import run_ranks
-from tests.unit.models.small import DYNAMIC, media_batch, small_arguments, small_config
-
-ARGUMENTS = SimpleNamespace(**small_arguments())
+from tests.unit.models.small import DYNAMIC, media_batch, small_arguments, small_config, small_model
 
 
 def start(tensor: int = 1, pipeline: int = 1, **others: int) -> None:
@@ -25,7 +21,7 @@ def start(tensor: int = 1, pipeline: int = 1, **others: int) -> None:
 def losses_and_gradients() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """On one rank, before any splitting."""
     start()
-    model = build_model(ARGUMENTS, small_config(qk_layernorm=True))
+    model = small_model(small_config(qk_layernorm=True))
     losses = model(**media_batch())
     losses.square().mean().backward()
     return losses.detach(), {name: p.grad for name, p in model.named_parameters()}
@@ -35,7 +31,7 @@ def compare_tensor_parallel(rank: int, world_size: int, sequence_parallel: bool)
     expected_losses, expected = losses_and_gradients()
     start(tensor=world_size)
     config = small_config(tensor_model_parallel_size=world_size, sequence_parallel=sequence_parallel, qk_layernorm=True)
-    model = build_model(ARGUMENTS, config)
+    model = small_model(config)
     losses = model(**media_batch())
     losses.square().mean().backward()
     torch.testing.assert_close(losses.detach(), expected_losses)
@@ -81,17 +77,18 @@ def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
 
 
 def compare_mixture(rank: int, world_size: int) -> None:
-    arguments = SimpleNamespace(**small_arguments(hybrid_layer_pattern="*-*E*E/*E"))
+    pattern = "*-*E*E/*E"
+    arguments = small_arguments(hybrid_layer_pattern=pattern)
     batch = media_batch()
     batch["loss_mask"] = (batch["segment_ids"] > 0).float()
     routing = DYNAMIC | {"mtp_num_layers": 1, "moe_shared_expert_intermediate_size": 16, "qk_layernorm": True}
     start()
-    whole = build_model(arguments, small_config(arguments.hybrid_layer_pattern, **routing))
+    whole = small_model(small_config(pattern, **routing), arguments)
     expected = whole(**batch).detach()
     start(tensor=world_size, expert_model_parallel_size=world_size, expert_tensor_parallel_size=1)
     sizes = {"tensor_model_parallel_size": world_size, "sequence_parallel": True}
     sizes |= {"expert_model_parallel_size": world_size, "expert_tensor_parallel_size": 1}
-    split = build_model(arguments, small_config(arguments.hybrid_layer_pattern, **routing, **sizes))
+    split = small_model(small_config(pattern, **routing, **sizes), arguments)
     copy_weights(whole, split)
     torch.testing.assert_close(split(**batch).detach(), expected)
 
@@ -102,12 +99,12 @@ def test_dynamic_experts_split_with_the_sequence_give_the_losses_of_one_rank():
 
 def compare_pipeline_parallel(rank: int, world_size: int) -> tuple[bool, int]:
     start()
-    whole = build_model(ARGUMENTS, small_config())
+    whole = small_model(small_config())
     expected = whole(**media_batch()).detach()
     start(pipeline=world_size)
     first, last = rank == 0, rank == world_size - 1
     config = small_config(pipeline_model_parallel_size=world_size)
-    stage = build_model(ARGUMENTS, config, pre_process=first, post_process=last)
+    stage = small_model(config, pre_process=first, post_process=last)
     weights = dict(whole.named_parameters())
     for name, parameter in stage.named_parameters():
         path = name.split(".")

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from argparse import Namespace
 
 import pytest
 import torch
@@ -11,12 +10,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from safetensors.torch import load_file
 
-from megatron_anyexperts.models.build import build_model
 from megatron_anyexperts.training.arguments import UsageError
 from megatron_anyexperts.weights.bailing import Bailing
 from megatron_anyexperts.weights.checkpoint_stream import CheckpointReader
 from megatron_anyexperts.weights.conversion import export_weights, import_weights
-from tests.unit.models.small import small_arguments, small_config
+from tests.unit.models.small import small_arguments, small_config, small_model
 from tests.unit.weights.reference import TINY, Reference, random_weights, write
 
 # Flags of Megatron whose configuration fields are named otherwise.
@@ -40,7 +38,7 @@ def build(config: dict, **changes) -> torch.nn.Module:
         audio_num_layers=0,
     )
     static = {"anyexperts_alpha": 0.0, "kv_channels": sizes.head_dim}
-    return build_model(Namespace(**arguments), small_config(sizes.pattern, **(fields | static | changes))).eval()
+    return small_model(small_config(sizes.pattern, **(fields | static | changes)), arguments).eval()
 
 
 def boxes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
