@@ -15,7 +15,11 @@ setup(
     packages=[*find_packages(include=["megatron_anyexperts", "megatron_anyexperts.*"]), "megatron_anyexperts.configs"],
     # The shipped configurations travel with the wheel, for --config NAME without a checkout.
     package_dir={"megatron_anyexperts.configs": "pretrain/configs"},
-    package_data={"megatron_anyexperts": ["py.typed"], "megatron_anyexperts.configs": ["*.yaml"]},
+    package_data={
+        "megatron_anyexperts": ["py.typed"],
+        "megatron_anyexperts.analysis": ["*.html"],
+        "megatron_anyexperts.configs": ["*.yaml"],
+    },
     entry_points={"console_scripts": ["anyexperts = megatron_anyexperts.cli:main"]},
     install_requires=[
         # 0.19.2 is the wheel whose internals the CPU bridge and the checkpoint fixes were checked against.
@@ -27,6 +31,7 @@ setup(
         "datasketch>=2",
         "einops>=0.8",
         "imagehash>=4.3",
+        "jinja2>=3.1",
         "matplotlib>=3.9",
         "numpy>=2",
         "pillow>=11",

@@ -27,6 +27,10 @@ VERBS = {
     "evaluate": Verb(f"{_COMMANDS}.evaluate:main", "held-out losses with standard errors, and answers"),
     "budgets": Verb(f"{_COMMANDS}.budgets:main", "held-out losses under other slot budgets, without training"),
     "pictures": Verb(f"{_COMMANDS}.pictures:main", "draw what routing learned"),
+    "runs list": Verb(f"{_COMMANDS}.runs_list:main", "the runs below a folder, a line each"),
+    "runs show": Verb(f"{_COMMANDS}.runs_show:main", "one run, and what lies where in it"),
+    "runs compare": Verb(f"{_COMMANDS}.runs_compare:main", "runs side by side: figures, flags, a picture"),
+    "runs report": Verb(f"{_COMMANDS}.runs_report:main", "one HTML file about a run"),
     "convert": Verb(f"{_COMMANDS}.convert:main", "weights from and to Hugging Face"),
     "upcycle": Verb(f"{_COMMANDS}.upcycle:main", "start a new mixture from a trained checkpoint"),
     "corpus build": Verb(f"{_COMMANDS}.corpus_build:main", "shards and tokenizer from raw files"),
@@ -66,7 +70,8 @@ def main(cli: list[str] | None = None) -> int:
     name = " ".join(words[:length])
     verb = VERBS.get(name)
     if verb is None:
-        given = " ".join(words[:2]) if words[0] == "corpus" else words[0]
+        groups = {name.partition(" ")[0] for name in VERBS if " " in name}
+        given = " ".join(words[:2]) if words[0] in groups else words[0]
         near = difflib.get_close_matches(given, VERBS, n=3)
         way_out = f"did you mean {' or '.join(near)}?" if near else "see anyexperts --help"
         print(f"error: no command {given!r}; {way_out}", file=sys.stderr)

@@ -35,7 +35,7 @@ def screen(run: Run, now: float | None = None) -> str:
     now = time.time() if now is None else now
     events, metrics, beats = runlog.read_events(run), runlog.read_metrics(run), read_beats(run)
     last = metrics[-1] if metrics else {}
-    rows = [("run", str(run.root)), ("state", _state(events, beats, now)), ("iteration", _iteration(last))]
+    rows = [("run", str(run.root)), ("state", state(events, beats, now)), ("iteration", _iteration(last))]
     rows += [
         ("loss", _losses(last)),
         ("tokens/s", _number(last.get("tokens_per_s"), ",.0f")),
@@ -65,7 +65,8 @@ def seconds_per_iteration(metrics: list[dict[str, Any]], window: int = 50) -> fl
     return paces[len(paces) // 2] if paces else None
 
 
-def _state(events: list[dict[str, Any]], beats: dict[int, Beat], now: float) -> str:
+def state(events: list[dict[str, Any]], beats: dict[int, Beat], now: float) -> str:
+    """What the run is doing, or how it ended, in a few words."""
     marks = [event for event in events if event.get("event") in ("attempt", "start", "exit", "finished", "stop")]
     if not marks:
         return _tasks(events) or "not started"
@@ -75,7 +76,9 @@ def _state(events: list[dict[str, Any]], beats: dict[int, Beat], now: float) -> 
     if last["event"] == "stop":
         return f"stopped: {last.get('summary', last.get('reason'))}"
     if last["event"] == "exit":
-        return f"waiting to restart: {last.get('reason')}"
+        if last.get("reason") is None:  # written by a training that was started by hand
+            return f"left at iteration {last.get('iteration')}, exit code {last.get('code')}"
+        return f"waiting to restart: {last['reason']}"
     newest = max((beat.time for beat in beats.values()), default=last["time"])
     if now - newest > _SILENT_S:
         return f"silent: no sign of life for {_span(now - newest)}"
@@ -143,17 +146,21 @@ def _load(last: dict[str, Any]) -> str:
     return "unknown" if value is None else f"{value:.3f} max over mean"
 
 
-def _restarts(events: list[dict[str, Any]], now: float, shown: int = 5) -> list[str]:
+def restarts(events: list[dict[str, Any]]) -> int:
+    """How often the run was started again."""
     # Training run by hand, without the launcher, knows no attempts.
     kind = "attempt" if any(event.get("event") == "attempt" for event in events) else "start"
-    starts = [event for event in events if event.get("event") == kind]
+    return max(0, sum(event.get("event") == kind for event in events) - 1)
+
+
+def _restarts(events: list[dict[str, Any]], now: float, shown: int = 5) -> list[str]:
     notes = [
         event
         for event in events
         if event.get("event") in _NOTED
         and (event.get("reason") or event.get("summary"))
     ]
-    lines = [f"{'restarts':<13} {max(0, len(starts) - 1)}"]
+    lines = [f"{'restarts':<13} {restarts(events)}"]
     for event in notes[-shown:]:
         where = f" at iteration {event['iteration']}" if event.get("iteration") is not None else ""
         why = event.get("reason") or event["summary"]

@@ -79,7 +79,7 @@ def test_a_wheel_brings_command_and_configurations(tmp_path):
         archive.extractall(tmp_path / "site")
     shipped = {path.name for path in (ROOT / "pretrain/configs").glob("*.yaml")}
     assert {f"megatron_anyexperts/configs/{name}" for name in shipped} <= set(names)
-    assert "megatron_anyexperts/py.typed" in names
+    assert {"megatron_anyexperts/py.typed", "megatron_anyexperts/analysis/report.html"} <= set(names)
     code = "from megatron_anyexperts.training.config_files import read_config as r; print(r('demo')['hidden-size'])"
     answer = subprocess.run(
         [sys.executable, "-c", code],
