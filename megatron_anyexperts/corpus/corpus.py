@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
+from megatron_anyexperts import described
 from megatron_anyexperts.corpus.sources import SOURCES
 from megatron_anyexperts.corpus.sources.base import Source
 from megatron_anyexperts.media import MAX_AUDIO_SECONDS, MAX_PIXELS, MAX_VIDEO_SECONDS
@@ -200,7 +201,7 @@ def load_corpus(path: Path, root: Path | None = None) -> Corpus:
         CorpusError: the file is missing, is not YAML, or describes no usable corpus.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = described.load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CorpusError(f"{path}: cannot read it: {error}") from None
     try:

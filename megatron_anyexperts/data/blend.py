@@ -29,8 +29,8 @@ class _Plain(BaseModel):
 
 class _Reference(_Plain):
     path: str
-    weight: int | float | None = Field(None, ge=0)
-    repetitions: int | float | None = None
+    weight: int | float | None = Field(None, ge=0, allow_inf_nan=False)
+    repetitions: int | float | None = Field(None, gt=0, allow_inf_nan=False)
     subflavors: Subflavors | None = None
     dataset_config: FileName | None = None
     split_config: FileName | None = None

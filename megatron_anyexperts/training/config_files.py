@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from megatron_anyexperts import described
 from megatron_anyexperts.config_search import BASE, find_config
 from megatron_anyexperts.training.usage import UsageError
 
@@ -34,7 +35,7 @@ def read_config(name: str) -> dict[str, Any]:
 
 def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = described.load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read --config {path}: {error}") from error
     except yaml.YAMLError as error:

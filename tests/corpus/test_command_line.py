@@ -164,6 +164,7 @@ def test_a_damaged_shard_is_named_with_the_command_that_rebuilds_it(reference):
     [
         ("{name: x, sorces: []}", [], "unknown key 'sorces'; did you mean 'sources'?"),
         ("name: [", [], "cannot read it"),
+        ("{name: x, seed: 1, sources: [], seed: 2}", [], "'seed' is there twice"),
         ("{name: x, sources: [{type: text_folder, path: gone}]}", [], "gone does not exist"),
         ("{name: x, sources: [{type: text_folder, path: .}]}", ["--part", "4/4"], "part=4 is outside 0..3"),
         ("{name: x, sources: [{type: text_folder, path: .}]}", ["--workers", "-1"], "--workers=-1 must be 0 or more"),

@@ -47,6 +47,9 @@ BLENDS = {
     "another description": lambda c: c["splits"]["train"]["blend"][0].update(dataset_config="../../other.yaml"),
     "an unknown key": lambda c: c.update(path="elsewhere"),
     "a split that is nothing": lambda c: c["splits"].update(train={}),
+    "a weight that is none": lambda c: c["splits"]["train"]["blend"][0].update(weight=float("nan")),
+    "no repetition": lambda c: c["splits"]["train"]["blend"][0].update(repetitions=0),
+    "less than none": lambda c: c["splits"]["train"]["blend"][0].update(repetitions=-1.5),
 }
 DATASETS = {
     "a part filter": lambda c: c.update(part_filter="filter.py:f"),

@@ -37,6 +37,7 @@ def test_a_file_of_the_same_name_wins(write, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("lr: 1.0e-4\nlr: 1.0e-3", "'lr' is there twice"),
         ("base: nowhere", "cannot find the configuration nowhere: .*shipped.*demo"),
         ("base: [a, b]", r"base is \['a', 'b'\]"),
         ("base: one.yaml", "one.yaml is its own base"),
