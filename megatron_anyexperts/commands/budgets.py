@@ -42,6 +42,7 @@ def main(cli: list[str] | None = None) -> int:
         args = start(rest)
         if args.pipeline_model_parallel_size > 1:
             raise UsageError("pipeline stages cannot be evaluated one by one; use expert or tensor parallelism")
+        from megatron_anyexperts.analysis.charts import write_png
         from megatron_anyexperts.analysis.pictures import budget_curves
         from megatron_anyexperts.evaluation.budgets import TOLERANCE, Budget, budget_config, evaluate, table
         from megatron_anyexperts.evaluation.held_out import held_out_batches
@@ -52,7 +53,11 @@ def main(cli: list[str] | None = None) -> int:
         plans = [(None, trained), *((budget, budget_config(args, trained, budget)) for budget in budgets)]
         model = load_model(args)
         batches = list(held_out_batches(args, own.batches))
-        evaluations = [evaluate(model, config, budget, batches, own.passes) for budget, config in plans]
+        evaluations, trained_sums = [], None
+        for budget, config in plans:
+            evaluation, sums = evaluate(model, config, budget, batches, own.passes, trained_sums)
+            evaluations.append(evaluation)
+            trained_sums = sums if trained_sums is None else trained_sums
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -67,5 +72,5 @@ def main(cli: list[str] | None = None) -> int:
     if own.output:
         own.output.mkdir(parents=True, exist_ok=True)
         (own.output / "budgets.json").write_text(rows + "\n", encoding="utf-8")
-        budget_curves(evaluations, own.output / "budgets.png")
+        write_png(budget_curves(evaluations), own.output / "budgets.png")
     return 0

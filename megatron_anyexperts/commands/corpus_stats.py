@@ -5,7 +5,8 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_anyexperts.corpus.stats import Measured, measure_samples, plot, quantile_table, quantiles, share_table
+from megatron_anyexperts.corpus.plots import plot
+from megatron_anyexperts.corpus.stats import Measured, measure_samples, quantile_table, quantiles, share_table
 from megatron_anyexperts.corpus.summary import summary
 from megatron_anyexperts.corpus.verify import read_manifest
 

@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 from megatron_anyexperts.evaluation.trained_model import load_model, start
-from megatron_anyexperts.survival import runlog
-from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.training.arguments import UsageError
 
 
@@ -20,20 +18,23 @@ def main(cli: list[str] | None = None) -> int:
         args = start(sys.argv[1:] if cli is None else cli)
         if args.run_dir is None:
             raise UsageError("--run-dir is not set; it names the run to draw")
-        from megatron_anyexperts.analysis.pictures import frame_bars, importance_heatmaps, loss_curves, slot_curves
+        from megatron_anyexperts.analysis import charts
+        from megatron_anyexperts.analysis.pictures import frame_bars, importance_heatmaps
+        from megatron_anyexperts.analysis.run_record import RunRecord, is_run
         from megatron_anyexperts.evaluation.media_importance import media_importance
 
-        run = Run(Path(args.run_dir))
-        folder = run.root / "pictures"
-        metrics = runlog.read_metrics(run)
-        if metrics:
-            loss_curves(metrics, folder / "loss_by_modality.png")
-            slot_curves(metrics, folder / "slots_by_modality.png")
-        images, videos = media_importance(args, load_model(args), count=4)
-        if images:
-            importance_heatmaps(images, folder / "importance.png")
-        if videos:
-            frame_bars(videos, folder / "frames.png")
+        root = Path(args.run_dir)
+        folder = root / "pictures"
+        if is_run(root) and (record := RunRecord.read(root)).metrics:
+            charts.write_png(charts.losses(record), folder / "loss_by_modality.png")
+            charts.write_png(charts.slots(record), folder / "slots_by_modality.png")
+            if (distribution := charts.slot_distribution(record)) is not None:
+                charts.write_png(distribution, folder / "slot_distribution.png")
+        media = media_importance(args, load_model(args), count=4)
+        if media.images:
+            charts.write_png(importance_heatmaps(media), folder / "importance.png")
+        if media.videos:
+            charts.write_png(frame_bars(media), folder / "frames.png")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

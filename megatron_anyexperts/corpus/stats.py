@@ -9,7 +9,6 @@ import numpy as np
 
 from megatron_anyexperts.corpus.sample import TEXT_FIELD
 from megatron_anyexperts.corpus.summary import table
-from megatron_anyexperts.media import MODALITIES
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 
@@ -96,49 +95,3 @@ def share_table(counts: dict[str, int], title: str, unit: str) -> str:
     return table(
         [[name or "(unknown)", count, f"{count / total:.1%}"] for name, count in ordered], [title, unit, "share"]
     )
-
-
-def plot(manifest: dict, measured: Measured, folder: Path) -> list[Path]:
-    """Write plots: tokens by modality, and a histogram of every measure of every kind.
-
-    Returns:
-        The PNG files.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "tokens.png"]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    bottom = np.zeros(len(manifest["kinds"]))
-    for modality in MODALITIES:
-        counts = np.array(
-            [sum(entry["tokens"][modality] for entry in splits.values()) for splits in manifest["kinds"].values()]
-        )
-        if counts.any():
-            axes.bar(list(manifest["kinds"]), counts, bottom=bottom, label=f"{modality} tokens")
-            bottom += counts
-    axes.set(title=f"Tokens by kind of sample: {manifest['name']}", ylabel="tokens", xlabel="kind of sample")
-    axes.set_yscale("symlog", linthresh=1000)
-    axes.legend()
-    figure.savefig(paths[0], dpi=110)
-    pyplot.close(figure)
-    for kind, measures in measured.items():
-        shown = {name: values for name, values in measures.items() if np.ptp(values) > 0}
-        if not shown:
-            continue
-        paths.append(folder / f"{kind}.png")
-        figure, grid = pyplot.subplots(
-            1, len(shown), figsize=(3.2 * len(shown), 3.2), layout="constrained", squeeze=False
-        )
-        for axes, (name, values) in zip(grid[0], shown.items(), strict=True):
-            wide = values.min() > 0 and values.max() > 30 * values.min()
-            bins = np.geomspace(values.min(), values.max(), 40) if wide else 40
-            axes.hist(values, bins=bins)
-            axes.set(xlabel=name, ylabel="samples", xscale="log" if wide else "linear")
-        figure.suptitle(f"{kind}: {len(next(iter(shown.values())))} samples")
-        figure.savefig(paths[-1], dpi=110)
-        pyplot.close(figure)
-    return paths

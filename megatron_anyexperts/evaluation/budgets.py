@@ -81,6 +81,7 @@ class Evaluation:
         static: see `Budget.static`.
         slots, real: mean slots and mean real slots per token and layer.
         losses: nats per target: "all" and by kind of sample.
+        errors: standard errors over microbatches of the differences to the model as trained; of its losses, in its row.
         real_by_token: mean real slots by kind of token.
         deviation: largest relative distance of a layer's mean from a target; 0 without targets.
     """
@@ -90,6 +91,7 @@ class Evaluation:
     slots: float
     real: float
     losses: dict[str, float]
+    errors: dict[str, float]
     real_by_token: dict[str, float]
     deviation: float
 
@@ -152,7 +154,8 @@ def evaluate(
     budget: Budget | None,
     batches: list[dict[str, Any]],
     passes: int,
-) -> Evaluation:
+    trained_sums: torch.Tensor | None = None,
+) -> tuple[Evaluation, torch.Tensor]:
     """Steer the controllers to the budget's targets over `batches`, then return losses and slots on the same.
 
     Collective over the expert-parallel and data-parallel ranks. Steering reads tokens, never labels, and moves one
@@ -165,42 +168,79 @@ def evaluate(
         batches: this rank's held-out microbatches; the same number on all ranks.
         passes: most passes over `batches`; fewer once every layer is within `TOLERANCE` of its targets. The pass that
             came nearest counts.
+        trained_sums: what this function returned for the model as trained.
+
+    Returns:
+        The evaluation, and [microbatches of all ranks, kinds of samples, 2] sums of losses and numbers of targets.
     """
     tracker = install_metrics(config, MODALITIES)
-    tried: list[Evaluation] = []
+    tried: list[tuple[Evaluation, torch.Tensor]] = []
     with dialled(model, config), calibration([model]) as adjust:
         while len(tried) < passes:
-            losses, routing = _measure(model, tracker, batches)
-            tried.append(
-                Evaluation(
-                    TRAINED if budget is None else str(budget),
-                    config.anyexperts_k_min == config.anyexperts_k_max if budget is None else budget.static,
-                    routing["all"]["slots"],
-                    routing["all"]["real"],
-                    losses,
-                    {name: routing[name]["real"] for name in MODALITIES if name in routing},
-                    0.0 if budget is None else _deviation(routing, budget),
-                )
+            sums, routing = _measure(model, tracker, batches)
+            losses, errors = loss_statistics(sums, trained_sums)
+            one = Evaluation(
+                TRAINED if budget is None else str(budget),
+                config.anyexperts_k_min == config.anyexperts_k_max if budget is None else budget.static,
+                routing["all"]["slots"],
+                routing["all"]["real"],
+                losses,
+                errors,
+                {name: routing[name]["real"] for name in MODALITIES if name in routing},
+                0.0 if budget is None else _deviation(routing, budget),
             )
-            if tried[-1].deviation <= TOLERANCE:
+            tried.append((one, sums))
+            if one.deviation <= TOLERANCE:
                 break
             adjust()
     # Slots are integers: where many tokens share one importance, the controller steps across a target for ever.
-    return min(tried, key=lambda one: one.deviation)
+    return min(tried, key=lambda each: each[0].deviation)
+
+
+def loss_statistics(
+    sums_NM2: torch.Tensor, trained_NM2: torch.Tensor | None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return losses per target, and their standard errors: "all" and by kind of sample.
+
+    The loss is a ratio of two sums over microbatches; its error is that of a ratio estimator (Cochran, Sampling
+    Techniques, 1977, 6.4). Both models saw the same microbatches, so the error of a difference is that of paired
+    values, far below the errors of the two losses. NaN with a single microbatch.
+
+    Args:
+        sums_NM2: sum of losses and number of targets by microbatch and kind of sample.
+        trained_NM2: of the model to compare with; None for the errors of the losses themselves.
+    """
+    losses, errors = {}, {}
+    for column, name in enumerate(("all", *MODALITIES)):
+        sums_N2 = sums_NM2.sum(1) if name == "all" else sums_NM2[:, column - 1]
+        targets = sums_N2[:, 1].sum()
+        if not targets:
+            continue
+        base_N2 = torch.zeros_like(sums_N2)
+        if trained_NM2 is not None:
+            base_N2 = trained_NM2.sum(1) if name == "all" else trained_NM2[:, column - 1]
+        differences_N = sums_N2[:, 0] - base_N2[:, 0]
+        residuals_N = differences_N - differences_N.sum() / targets * sums_N2[:, 1]
+        count = len(residuals_N)
+        variance = count / (count - 1) * residuals_N.square().sum() if count > 1 else residuals_N.new_tensor(torch.nan)
+        losses[name] = (sums_N2[:, 0].sum() / targets).item()
+        errors[name] = (variance.sqrt() / targets).item()
+    return losses, errors
 
 
 def _measure(
     model: torch.nn.Module, tracker: RoutingTracker, batches: list[dict[str, Any]]
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Return losses and the routing summary of one pass over all ranks' batches."""
-    sums = torch.zeros(len(MODALITIES), 2, dtype=torch.float64, device=batches[0]["tokens"].device)
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Return the loss sums of every microbatch of all ranks, and the routing summary of one pass over them."""
+    sums = []
     for batch in batches:
         with token_modality(batch["token_modality"]):
             losses_BS = forward(model, batch)
-        sums += modality_sums(losses_BS, batch["loss_mask"], batch["sample_modality"])
-    torch.distributed.all_reduce(sums, group=mpu.get_data_parallel_group())
-    rows = [("all", sums.sum(0).tolist()), *zip(MODALITIES, sums.tolist(), strict=True)]
-    return {name: total / targets for name, (total, targets) in rows if targets}, tracker.collect("eval")
+        sums.append(modality_sums(losses_BS, batch["loss_mask"], batch["sample_modality"]).double())
+    own_NM2 = torch.stack(sums)
+    gathered = [torch.empty_like(own_NM2) for _ in range(mpu.get_data_parallel_world_size())]
+    torch.distributed.all_gather(gathered, own_NM2, group=mpu.get_data_parallel_group())
+    return torch.cat(gathered).cpu(), tracker.collect("eval")
 
 
 def _deviation(routing: dict[str, Any], budget: Budget) -> float:
@@ -220,12 +260,12 @@ def table(evaluations: list[Evaluation]) -> str:
     """Return a Markdown table; the first evaluation is the one that ratios refer to."""
     base = evaluations[0]
     kinds = [name for name in base.losses if name != "all"]
-    heads = ["budget", "slots", "real", "loss, all", "ratio"]
+    heads = ["budget", "slots", "real", "loss, all", "ratio", "+-"]
     heads += [f"loss, {kind}" for kind in kinds] + [f"real, {kind}" for kind in base.real_by_token]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for one in evaluations:
         cells = [one.budget, f"{one.slots:.2f}", f"{one.real:.2f}", f"{one.losses['all']:.4f}"]
-        cells += [f"{one.losses['all'] / base.losses['all']:.4f}"]
+        cells += [f"{one.losses['all'] / base.losses['all']:.4f}", f"{one.errors['all'] / base.losses['all']:.4f}"]
         cells += [f"{one.losses[kind]:.4f}" for kind in kinds]
         cells += [f"{one.real_by_token[kind]:.2f}" for kind in base.real_by_token]
         lines.append("| " + " | ".join(cells) + " |")

@@ -71,7 +71,10 @@ def test_every_layer_is_steered_as_near_to_its_targets_as_whole_slots_allow(eval
 
 def test_the_budget_of_training_without_targets_changes_nothing_even_after_others(evaluated):
     again, first = evaluated["1 to 3"], evaluated["trained"]
-    assert {**again, "budget": ""} == {**first, "budget": ""}
+    assert {**again, "budget": "", "errors": None} == {**first, "budget": "", "errors": None}
+    assert set(again["errors"].values()) == {0.0}
+    # The same microbatches under both: what they have in common is in no difference.
+    assert 0 < evaluated["static 1"]["errors"]["all"] < first["errors"]["all"]
     losses = [row["losses"]["all"] for row in evaluated.values()]
     assert len(set(losses)) == len(losses) - 1
 
