@@ -27,6 +27,7 @@ PAGES = {
     "Runs": {
         "Slurm": "slurm.md",
         "Survival": "survival.md",
+        "Reading a run": "reading_a_run.md",
         "What is logged": "metrics.md",
         "GPUs": "gpu.md",
         "Conversion and upcycling": "conversion.md",
