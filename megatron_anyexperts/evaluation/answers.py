@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core import mpu
@@ -62,6 +63,34 @@ class Score:
     exact: float
     loss: float
     most_frequent: float
+
+    @property
+    def error(self) -> float:
+        """Standard error of `exact`."""
+        return math.sqrt(self.exact * (1 - self.exact) / self.questions)
+
+
+def with_other_pictures(questions: list[Question]) -> list[Question]:
+    """The same questions, each with the pictures of another one of its task: what is right then needs no sight.
+
+    Questions without pictures stay as they are, and so do those whose task has no other pictures of the same sizes.
+    """
+    groups: dict[tuple, list[int]] = {}
+    for index, question in enumerate(questions):
+        groups.setdefault((question.task, *question.planned.grids), []).append(index)
+    changed = list(questions)
+    for (_, *grids), indices in groups.items():
+        if not grids:
+            continue
+        shown = [[frames.media.data for frames in questions[index].planned.frames] for index in indices]
+        for place, index in enumerate(indices):
+            turned = indices[place + 1 :] + indices[: place + 1]
+            others = shown[place + 1 :] + shown[: place + 1]
+            other = next((one for one, data in zip(turned, others, strict=True) if data != shown[place]), None)
+            if other is not None:
+                planned = replace(questions[index].planned, frames=questions[other].planned.frames)
+                changed[index] = replace(questions[index], planned=planned)
+    return changed
 
 
 def document_encoder(args: argparse.Namespace) -> DocumentEncoder:
@@ -183,11 +212,32 @@ class AnswerScorer:
         return max(answers.values()) / answers.total()
 
 
-def score_table(scores: dict[str, Score]) -> str:
-    """The scores as text, a line per task."""
-    lines = [f"{'task':24s} {'questions':>9s} {'exact match':>11s} {'most frequent':>13s} {'loss':>7s}"]
-    lines += [
-        f"{task:24s} {score.questions:9d} {score.exact:11.1%} {score.most_frequent:13.1%} {score.loss:7.3f}"
-        for task, score in scores.items()
-    ]
+def score_table(scores: dict[str, Score], shuffled: dict[str, Score] | None = None) -> str:
+    """The scores as text, a line per task and one for all of them.
+
+    Args:
+        scores: by task.
+        shuffled: the same of `with_other_pictures`.
+    """
+    head = f"{'task':24s} {'questions':>9s} {'exact match':>16s} {'most frequent':>13s}"
+    lines = [head + (f" {'other pictures':>16s}" if shuffled else "") + f" {'loss':>7s}"]
+    for task, score in ({**scores, "all": _together(scores)} if len(scores) > 1 else scores).items():
+        line = f"{task:24s} {score.questions:9d} {_share(score):>16s} {score.most_frequent:13.1%}"
+        if shuffled:
+            line += f" {_share(shuffled[task] if task in shuffled else _together(shuffled)):>16s}"
+        lines.append(f"{line} {score.loss:7.3f}")
     return "\n".join(lines)
+
+
+def _share(score: Score) -> str:
+    return f"{score.exact:.1%} +- {score.error:.1%}"
+
+
+def _together(scores: dict[str, Score]) -> Score:
+    """All tasks as one: means over questions; a constant answer is one for each task."""
+    count = sum(score.questions for score in scores.values())
+    means = (
+        sum(score.questions * getattr(score, name) for score in scores.values()) / count
+        for name in ("exact", "loss", "most_frequent")
+    )
+    return Score(count, *means)

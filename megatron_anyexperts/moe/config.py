@@ -34,6 +34,11 @@ class AnyExpertsConfig(TransformerConfig):
     """How the integer slot count passes a gradient. fractional: the last slot's gate is scaled by the fractional
     part, so the output is continuous; straight_through: rounded forward, scaled backward; none: no gradient."""
 
+    anyexperts_importance_gradient: Literal["plain", "centred"] = "plain"
+    """What of the slot count's gradient reaches importance. plain: each token's own; centred: that less its mean over
+    the tokens of the microbatch, so that a token gains importance only where a slot helps it more than it helps
+    others. Losses and fusion are not centred."""
+
     anyexperts_budget_slack: float | None = None
     """Hard budget on top of the controller, in training only: when a rank's microbatch would use more than
     slack * target_slots * tokens slots, the least important tokens lose slots, never below k_min. None: off;
@@ -232,6 +237,11 @@ class AnyExpertsConfig(TransformerConfig):
                 "learns nothing; use moe_router_pre_softmax, sigmoid scores or k_max >= 2"
             )
 
+        if self.anyexperts_importance_gradient == "centred" and self.anyexperts_slot_gradient == "none":
+            raise ValueError(
+                "anyexperts_importance_gradient=centred centres the gradient of the slot count, and "
+                "anyexperts_slot_gradient=none has none; use fractional or straight_through"
+            )
         taught = self.anyexperts_fuses or self.anyexperts_slot_gradient != "none"
         if self.anyexperts_needs_importance and not (
             taught or self.anyexperts_budget_loss_coeff or self.anyexperts_spread_loss_coeff

@@ -112,3 +112,33 @@ class _ImportanceFusion(torch.autograd.Function):
             grad_logit_T.sum().view(1),
             grad_alpha,
         )
+
+
+class CentredGradient(torch.autograd.Function):
+    """Importance as it is; backward, its gradient less the mean over the tokens that take part.
+
+    The controller of the slot offset cancels whatever all tokens share, so without centring a token with a small
+    gradient drifts against one with a large one, whatever their signs. The mean acts as the price of a slot.
+    """
+
+    @staticmethod
+    def forward(ctx, importance_T: Tensor, valid_T: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+        """Return importance.
+
+        Args:
+            importance_T: fp32 [T].
+            valid_T: bool [T], the tokens that take part; the others get no gradient.
+            group: ranks that hold the tokens of one microbatch.
+        """
+        ctx.save_for_backward(valid_T)
+        ctx.group = group
+        return importance_T.view_as(importance_T)
+
+    @staticmethod
+    def backward(ctx, grad_T: Tensor) -> tuple[Tensor, None, None]:
+        (valid_T,) = ctx.saved_tensors
+        grad_T = grad_T * valid_T
+        sums_2 = torch.stack((grad_T.sum(), valid_T.sum().to(grad_T.dtype)))
+        if ctx.group.size() > 1:
+            torch.distributed.all_reduce(sums_2, group=ctx.group)
+        return (grad_T - sums_2[0] / sums_2[1].clamp(min=1)) * valid_T, None, None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_anyexperts.moe.controllers import RouterControl
 from megatron_anyexperts.moe.decision import RoutingDecision
+from megatron_anyexperts.moe.importance import CentredGradient
 from megatron_anyexperts.moe.losses import TokenWeights
 from megatron_anyexperts.moe.precision import KeepsPrecision
 from megatron_anyexperts.moe.router_losses import RouterLosses
@@ -138,6 +139,10 @@ class AnyExpertsRouter(KeepsPrecision, RouterLosses):
         logits_TC = self.apply_z_loss(logits.reshape(-1, logits.shape[-1]))
 
         soft_T, slots_T = self._slots(importance_T, valid_T)
+        gate_soft_T = soft_T
+        if config.anyexperts_importance_gradient == "centred" and importance_T.requires_grad:
+            # Losses keep their gradient: centring would take a budget loss away, which pushes all tokens alike.
+            gate_soft_T = self._soft(CentredGradient.apply(importance_T, valid_T, self.tp_cp_group))
         scores = Scores.of(logits_TC, config)
         real = scores.best_real(config.anyexperts_k_max, self.expert_bias)
         virtual = scores.best_virtual(config.anyexperts_max_virtual_slots, self.control.virtual_bias)
@@ -145,7 +150,7 @@ class AnyExpertsRouter(KeepsPrecision, RouterLosses):
         if virtual is not None:
             columns_TC, rivals_TV = torch.cat((real.columns, virtual.columns), dim=1), virtual.selection
         entry_TC = entry_slots(real.selection, rivals_TV, config.anyexperts_rho_max)
-        last_T = last_slot_weight(soft_T, slots_T, config.anyexperts_slot_gradient)
+        last_T = last_slot_weight(gate_soft_T, slots_T, config.anyexperts_slot_gradient)
         # Without any slot a softmax over the slots in use would be NaN, and so would its gradient.
         used_TC, weight_TC = slot_weights(entry_TC, slots_T.clamp(min=1), last_T, log=scores.log_weights)
         values_TC = scores.scores_TC.gather(1, columns_TC)
@@ -173,14 +178,17 @@ class AnyExpertsRouter(KeepsPrecision, RouterLosses):
 
     def _slots(self, importance_T: Tensor, valid_T: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
-        k_min, k_max = config.anyexperts_k_min, config.anyexperts_k_max
-        soft_T = soft_slots(importance_T, self.control.slot_offset, k_min, k_max)
+        soft_T = self._soft(importance_T)
         slots_T = integer_slots(soft_T, config.anyexperts_slot_gradient) * valid_T
         if config.anyexperts_budget_slack is not None and self.training:
             slots = config.anyexperts_budget_slack * config.anyexperts_target_slots
             budget = (slots * valid_T.sum(dtype=torch.float64)).floor().long()
-            slots_T = trim_to_budget(slots_T, importance_T.detach(), k_min, budget)
+            slots_T = trim_to_budget(slots_T, importance_T.detach(), config.anyexperts_k_min, budget)
         return soft_T, slots_T
+
+    def _soft(self, importance_T: Tensor) -> Tensor:
+        k_min, k_max = self.config.anyexperts_k_min, self.config.anyexperts_k_max
+        return soft_slots(importance_T, self.control.slot_offset, k_min, k_max)
 
     @property
     def _counts(self) -> bool:

@@ -101,7 +101,8 @@ def _draw(draws: Draws, count: int, square: bool) -> Scene:
     if draws.below(5) < 2:
         last = things.pop()
         things.append(Thing(draws.one(WORDS), last.row, last.column, draws.one(tuple(COLOURS))))
-    background = tuple(200 + draws.below(56) for _ in range(3))
+    # Close to what a model's input calls zero: a bright one would outweigh the things in every patch.
+    background = tuple(100 + draws.below(56) for _ in range(3))
     corners = tuple((draws.below(2**16), draws.below(2**16)) for _ in things)
     return Scene(rows, columns, background, tuple(things), corners)
 

@@ -6,35 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_anyexperts.data.config import DataConfig
-from megatron_anyexperts.data.encode import DocumentEncoder
 from megatron_anyexperts.data.microbatch import LOGIT_INPUTS, collate
 from megatron_anyexperts.data.packing import assemble_row
 from megatron_anyexperts.data.samples import Media, SampleError
-from megatron_anyexperts.data.tokenizer import train_tokenizer
-from megatron_anyexperts.data.vocabulary import Vocabulary
 from megatron_anyexperts.evaluation.answers import AnswerScorer, Question
 from megatron_anyexperts.evaluation.generation import decode, generate, media_file, prompt_document
 from megatron_anyexperts.moe.metrics import record_tokens
-from tests.feed.corpus import image_bytes, prose, wav_bytes
-from tests.unit.models.small import DYNAMIC, SHAPE
+from tests.feed.corpus import image_bytes, wav_bytes
+from tests.unit.models.small import SHAPE
 
 NEW = 6
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory) -> DocumentEncoder:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer([prose(index, 20) for index in range(40)], 300, folder)
-    config = DataConfig(data_image_max_patches=64, data_video_max_patches=64)
-    return DocumentEncoder(config, SHAPE, Vocabulary(folder), seq_length=160)
-
-
-@pytest.fixture
-def model(make_model):
-    arguments = {"hybrid_layer_pattern": "*-*E*E", "padded_vocab_size": 304, "max_position_embeddings": 160}
-    # Large weights make the most likely token a clear one.
-    return make_model(arguments, **DYNAMIC, init_method_std=0.5).eval()
 
 
 def prompts() -> list:

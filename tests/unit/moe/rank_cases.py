@@ -28,6 +28,7 @@ DYNAMIC = {
 }
 # Not linear in the tokens of a microbatch, hence equal only where the ranks share one (tensor parallelism).
 SHARED_LOSSES = {
+    "anyexperts_importance_gradient": "centred",
     "anyexperts_spread_loss_coeff": 0.1,
     "anyexperts_budget_loss_coeff": 0.1,
     "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss", "global_aux_loss"],

@@ -38,6 +38,7 @@ REFUSED = [
     ({"cuda_graph_impl": "transformer_engine"}, "fixed shapes"),
     ({"moe_router_score_function": "softmax", "anyexperts_k_min": 1, "anyexperts_k_max": 1}, "constant gate 1"),
     ({"anyexperts_k_max": 6, "anyexperts_slot_gradient": "none", "anyexperts_alpha": 0.0}, "without a gradient"),
+    ({"anyexperts_importance_gradient": "centred", "anyexperts_slot_gradient": "none"}, "has none; use fractional"),
 ]
 
 

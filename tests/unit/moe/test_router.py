@@ -85,6 +85,42 @@ def test_importance_gets_a_gradient_exactly_when_asked(one_rank, gradient):
         assert (importance.grad != 0).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("gradient", ["fractional", "straight_through"])
+def test_a_centred_gradient_is_that_of_each_token_less_the_mean_of_those_that_take_part(one_rank, gradient):
+    plain = router(anyexperts_slot_gradient=gradient)
+    centred = router(anyexperts_slot_gradient=gradient, anyexperts_importance_gradient="centred")
+    centred.load_state_dict(plain.state_dict())
+    hidden, importance = batch()
+    padding = torch.zeros(hidden.shape[:2], dtype=torch.bool)
+    padding[30:, 0] = True
+    factors = torch.randn(EXPERTS)
+    gradients, gates = [], []
+    for built in (plain, centred):
+        given = importance.clone().requires_grad_()
+        decision = built(hidden, padding, given)
+        (decision.gates_TE * factors).sum().backward()
+        gradients.append(given.grad)
+        gates.append(decision.gates_TE)
+    assert torch.equal(*gates)
+    taking_part = ~padding.flatten()
+    assert gradients[0][taking_part].mean().abs() > 1e-4
+    expected = (gradients[0] - gradients[0][taking_part].mean()) * taking_part
+    torch.testing.assert_close(gradients[1], expected)
+
+
+def test_centring_leaves_the_budget_loss_its_gradient(one_rank):
+    options = {"anyexperts_target_slots": 3.0, "anyexperts_budget_loss_coeff": 1.0}
+    gradients = []
+    for how in ("plain", "centred"):
+        torch.manual_seed(3)
+        built = router(anyexperts_importance_gradient=how, **options)
+        given = torch.full((80,), 0.9, requires_grad=True)
+        (built(torch.randn(40, 2, HIDDEN), None, given).gates_TE * 0).sum().backward()
+        gradients.append(given.grad)
+    assert (gradients[0] > 0).all()
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("score", SCORES[:5], ids=str)
 def test_gradients_of_gates_match_finite_differences(one_rank, score):
     built = router(moe_router_dtype="fp64", **score)
