@@ -31,6 +31,7 @@ HOW = {
     ("README.md", "git clone"): DRY,
     ("README.md", "source .venv"): RECIPE,
     ("docs/building_shards.md", "python data_tools/fetch"): RECIPE,
+    ("docs/building_shards.md", "python data_tools/make_stamp"): "tests/corpus/test_scenes.py",
     ("docs/cluster.md", "docker"): "no container engine here; test_container_recipes",
     ("docs/cluster.md", "slurm/submit build"): DRY,
     ("docs/cluster.md", "anyexperts corpus plan"): "test_the_descriptions_of_the_cluster_page_are_valid",
