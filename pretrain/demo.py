@@ -118,10 +118,12 @@ def main() -> None:
     resume_on_one_rank(pretrained, resumed, shards)
     pictures = [sys.executable, "pretrain/show_routing.py", *common(pretrained, shards)]
     run("pictures", *pictures, log=pretrained / "pictures.log")
+    run("report", sys.executable, "-m", "megatron_anyexperts", "runs", "report", pretrained)
     results = {
         "shards": shards,
         "checkpoints": pretrained / "checkpoints",
         "TensorBoard": pretrained / "tensorboard",
+        "report": pretrained / "report.html",
         "pictures": pretrained / "pictures",
         "samples": pretrained / "samples",
         "log": pretrained / "train.log",

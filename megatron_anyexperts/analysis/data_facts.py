@@ -104,14 +104,9 @@ def _contents(blend: str | None) -> dict[str, int]:
 
 def _tokens(record: RunRecord) -> dict[str, int]:
     """Every mixture layer counts each token once."""
-    totals: Counter[str] = Counter()
-    for row in record.metrics:
-        routing = row.get("routing") or {}
-        layers = len(routing.get("layers") or {})
-        for name in MODALITIES:
-            if layers and (tokens := number(routing, name, "tokens")) is not None:
-                totals[name] += round(tokens / layers)
-    return dict(totals)
+    layers = len((record.last.get("routing") or {}).get("layers") or {})
+    totals = {name: sum(series(record.metrics, "routing", name, "tokens")[1]) for name in MODALITIES if layers}
+    return {name: round(total / layers) for name, total in totals.items() if total}
 
 
 def _samples(record: RunRecord, notes: list[str]) -> dict[str, int]:

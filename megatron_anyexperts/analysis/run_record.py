@@ -31,7 +31,7 @@ class RunRecord:
 
     Attributes:
         run: its directory.
-        metrics, held_out: by iteration; see docs/metrics.md.
+        metrics, held_out: by iteration; see docs/metrics.md. Only the newest metrics have figures by layer.
         events: oldest first.
         config: flags of the newest start.
         versions: what carried them out, a line each.
@@ -59,7 +59,7 @@ class RunRecord:
         config, versions = _configuration(run.config)
         return cls(
             run,
-            runlog.read_metrics(run),
+            runlog.read_metrics(run, layers=False),
             runlog.read_held_out(run),
             runlog.read_events(run),
             config,

@@ -93,9 +93,14 @@ def read_events(run: Run) -> list[dict[str, Any]]:
     return list(read(run.events))
 
 
-def read_metrics(run: Run) -> list[dict[str, Any]]:
-    """Figures by iteration, ascending; of steps trained twice after a restart the later ones count."""
-    return _by_iteration(run.metrics)
+def read_metrics(run: Run, layers: bool = True) -> list[dict[str, Any]]:
+    """Figures by iteration, ascending; of steps trained twice after a restart the later ones count.
+
+    Args:
+        run: that wrote them.
+        layers: False leaves the figures by layer, nine tenths of a file, out of all lines but the newest.
+    """
+    return _by_iteration(run.metrics, layers)
 
 
 def read_held_out(run: Run) -> list[dict[str, Any]]:
@@ -103,15 +108,18 @@ def read_held_out(run: Run) -> list[dict[str, Any]]:
     return _by_iteration(run.held_out)
 
 
-def _by_iteration(path: Path) -> list[dict[str, Any]]:
+def _by_iteration(path: Path, layers: bool = True) -> list[dict[str, Any]]:
     kept: dict[int, dict[str, Any]] = {}
+    newest: dict[str, Any] = {}
     for record in read(path):
         if not isinstance(iteration := record.get("iteration"), int):
             continue
         # Going back means that the steps from here on are trained again.
         while kept and next(reversed(kept)) >= iteration:
             kept.popitem()
-        kept[iteration] = record
+        if not layers and isinstance(routing := newest.get("routing"), dict):
+            routing.pop("layers", None)
+        kept[iteration] = newest = record
     return list(kept.values())
 
 

@@ -197,8 +197,9 @@ def pretrain(
     try:
         _run_megatron(args, run, lock, settings, held_out(args) if held_out else None)
     except SystemExit as stop:
-        # Megatron leaves its loop this way after a signal, a time limit or an exit interval, having saved.
-        log("exit", iteration=args.curr_iteration, code=stop.code)
+        # Megatron leaves its loop this way after a signal, a time limit or an exit interval, having saved. It counts
+        # the step it is in from zero.
+        log("exit", iteration=args.curr_iteration + 1, code=stop.code)
         raise
     except NotSaved as error:
         log("not_saved", reason=str(error))

@@ -67,8 +67,9 @@ def test_a_signal_saves_and_ends_with_one_line(start, tmp_path, launcher, stop, 
     assert output.count(f"{name}: {NOTICE}") == 1
     assert "KeyboardInterrupt" not in output
     run = Run(tmp_path / "run")
-    assert checkpoints.newest_sealed(run.checkpoints) == runlog.read_metrics(run)[-1]["iteration"]
-    assert runlog.read_events(run)[-1]["event"] == "exit"
+    last = runlog.read_events(run)[-1]
+    assert last["event"] == "exit" and last["iteration"] == runlog.read_metrics(run)[-1]["iteration"]
+    assert checkpoints.newest_sealed(run.checkpoints) == last["iteration"]
     assert launcher or process.returncode == 0
 
 

@@ -116,6 +116,15 @@ def test_of_steps_trained_twice_the_later_ones_count(run):
     assert [(row["iteration"], row["loss"]) for row in runlog.read_held_out(run)] == [(5, 98.0), (7, 97.0)]
 
 
+def test_figures_by_layer_are_read_of_the_newest_line_alone_on_request(tmp_path):
+    run = Run(tmp_path)
+    for iteration in (1, 2, 3, 2):
+        runlog.append_metrics(run, iteration, loss=1.0, routing={"all": 5, "layers": {"2": iteration}})
+    whole, part = runlog.read_metrics(run), runlog.read_metrics(run, layers=False)
+    assert [row["routing"] for row in part] == [{"all": 5}, {"all": 5, "layers": {"2": 2}}]
+    assert [row["routing"].get("layers") for row in whole] == [{"2": 1}, {"2": 2}]
+
+
 def test_pauses_between_restarts_hardly_change_the_expected_end():
     times = [0, 2, 4, 6, 4000, 4002, 4004]
     assert seconds_per_iteration([{"iteration": n, "time": time} for n, time in enumerate(times)]) == 2

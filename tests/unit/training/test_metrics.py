@@ -47,3 +47,23 @@ def test_throughput_counts_the_real_slots_that_were_computed(make_model):
     metrics.snapshot()["load"]["displaced_share"] = 0.25
     fewer = metrics._throughput(interval)["tflops_per_gpu"]
     assert fewer == pytest.approx(metrics.flops.training(work, slots / 1.25) / 0.5e12)
+
+
+def test_weights_and_biases_gets_losses_routing_and_speed(make_model, tmp_path):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    model = make_model({"hybrid_layer_pattern": "*E*E"}, **DYNAMIC)
+    args = SimpleNamespace(**small_arguments(hybrid_layer_pattern="*E*E"), log_interval=1, peak_tflops_per_gpu=None)
+    stats = StepStats()
+    metrics = TrainingMetrics(args, model.config, stats, None, None)
+    set_moe_metrics_tracker(metrics)
+    wandb.init(mode="offline", project="anyexperts", dir=tmp_path)
+    batch = text_batch([12])
+    with token_modality(torch.zeros(1, 12, dtype=torch.int8)):
+        model(tokens=batch["tokens"], position_ids=batch["position_ids"])
+    stats.add_losses(torch.tensor([[20.0, 10.0], [0, 0], [0, 0], [0, 0]]))
+    metrics.report(1.0, 1, wandb_writer=wandb)
+    wandb.finish()
+    wandb.teardown()  # its own process writes the file
+    [log] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    sent = (b"loss/all", b"loss/text", b"slots/text", b"load/rank_max_over_mean")
+    assert [name for name in sent if name not in log.read_bytes()] == []
