@@ -49,8 +49,10 @@ install --require-hashes --only-binary :all: --requirement requirements.lock
 install --no-build-isolation --editable .
 case ",$extras," in
   *,fp8,*)
-    # Transformer Engine's torch extension exists as source only and is compiled against the torch installed above.
-    command -v nvcc >/dev/null 2>&1 || export NVTE_BUILD_USE_NVIDIA_WHEELS=1
+    # Transformer Engine's torch part exists as source only and is compiled against the torch installed above, with the
+    # headers that came with that torch: a CUDA toolkit has none of NCCL. Left alone it would look for a wheel on the
+    # network first, whose code no hash covers.
+    export NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE
     install --require-hashes --only-binary :all: --no-binary transformer-engine-torch --no-build-isolation \
       --requirement requirements-fp8.lock
     ;;

@@ -49,8 +49,14 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
-        # Its torch extension is compiled against the torch that is there; ninja and pybind11 take part in that.
-        "fp8": ["transformer-engine[core_cu13,pytorch]>=2.11", "ninja>=1.11", "pybind11>=2.13"],
+        # Its torch part is compiled against the torch that is there, with the CUDA headers that came with it; those of
+        # nvidia-cuda-crt, which the others include, torch does not need: of the same CUDA as nvidia-cuda-runtime.
+        "fp8": [
+            "transformer-engine[core_cu13,pytorch]>=2.11",
+            "ninja>=1.11",
+            "nvidia-cuda-crt>=13.2,<13.3",
+            "pybind11>=2.13",
+        ],
         "mpi": ["mpi4py>=4.1", "openmpi>=5.0"],
         "dev": [
             "boto3>=1.35",
