@@ -8,6 +8,7 @@ import tarfile
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from megatron_anyexperts.corpus.build import build
 from megatron_anyexperts.corpus.corpus import CorpusError
@@ -228,7 +229,38 @@ def test_items_that_ended_in_unforeseen_errors_are_read_again(tmp_path, monkeypa
 
 
 def test_a_source_without_readable_files_names_those_that_are(tmp_path):
-    write(tmp_path / "in/a.doc", "x")
+    write(tmp_path / "in/a.xyz", "x")
     for kind, known in {"text_folder": ".rst", "text_table": ".json", "webdataset": ".tar"}.items():
         with pytest.raises(CorpusError, match=f"holds nothing that a {kind} can read: .*\\{known}"):
             build(corpus_of(tmp_path, source_of(kind)), tmp_path / f"out-{kind}", Share(), 0, True)
+
+
+@pytest.mark.parametrize(
+    ("source", "file"),
+    [
+        ({"type": "text_folder"}, "a.PDF"),
+        ({"type": "text_folder"}, "a.txt.gz"),
+        ({"type": "image_folder"}, "a.avif"),
+        ({"type": "audio_folder"}, "a.aiff"),
+        ({"type": "video_folder"}, "a.MPG"),
+        ({"type": "text_table"}, "a.jsonl.bz2"),
+        ({"type": "chat"}, "a.arrow"),
+        ({"type": "webdataset"}, "a.tar.gz"),
+    ],
+)
+def test_files_that_people_would_expect_in_the_corpus_are_counted_when_they_are_not_read(tmp_path, source, file):
+    write(tmp_path / "in/sub" / file, b"whatever")
+    write(tmp_path / "in/notes.xyz", "x")
+    for path in ("in", f"in/sub/{file}")[: 2 if source["type"] in ("text_table", "chat", "webdataset") else 1]:
+        [item] = items(corpus_of(tmp_path, source | {"path": path}))
+        assert item.reason == "form of file is not read" and item.origin.endswith(file)
+        assert item.detail.startswith(f"{file}: {source['type']} reads .")
+
+
+@pytest.mark.parametrize("suffix", ["jpe", "JFIF"])
+def test_all_suffixes_of_a_jpeg_are_read(tmp_path, suffix):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    write(tmp_path / f"in/a.{suffix}", buffer.getvalue())
+    write(tmp_path / "in/a.txt", "A picture.")
+    assert reasons(items(corpus_of(tmp_path, source_of("image_folder")))) == ["good"]

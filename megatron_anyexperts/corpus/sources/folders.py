@@ -21,6 +21,7 @@ from megatron_anyexperts.corpus.sources.base import (
     with_suffix,
 )
 from megatron_anyexperts.corpus.sources.sidecars import Text, sidecar_texts
+from megatron_anyexperts.corpus.sources.unread import is_unread, unread
 from megatron_anyexperts.corpus.unforeseen import foreseen
 
 MAX_SIDECAR_BYTES = 16 * 2**20
@@ -39,7 +40,9 @@ class FolderSource(Source):
         return f"{self.label}:{chunk['files'][position // ITEMS_PER_FILE]}"
 
     def chunks(self, seed: int, chunk_items: int, chunk_bytes: int) -> Iterator[Chunk]:
-        found = list(walk_files(self.path, with_suffix(self.suffixes), self.follow_links))
+        wanted = with_suffix(self.suffixes)
+        walked = walk_files(self.path, lambda name: wanted(name) or is_unread(self.kind, name), self.follow_links)
+        found = unread(walked, self.kind, self.type, self.forms())
         names = (name for name in found if isinstance(name, str) and self._chosen(name))
         for files in batched(shuffled(names, seed), chunk_items):
             yield {"files": list(files)}
@@ -130,7 +133,9 @@ class ImageFolder(MediaFolder):
 
     type: ClassVar[str] = "image_folder"
     kind: ClassVar[str] = "image"
-    suffixes: ClassVar[frozenset[str]] = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+    suffixes: ClassVar[frozenset[str]] = frozenset(
+        {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+    )
 
 
 class AudioFolder(MediaFolder):

@@ -18,6 +18,7 @@ from megatron_anyexperts.corpus.sources.base import (
 from megatron_anyexperts.corpus.sources.media_reference import media_from
 from megatron_anyexperts.corpus.sources.record_files import FORMS, form_of, read_records, record_chunks
 from megatron_anyexperts.corpus.sources.tables import Quotes
+from megatron_anyexperts.corpus.sources.unread import is_unread, refusal, unread
 from megatron_anyexperts.corpus.unforeseen import foreseen
 from megatron_anyexperts.media import MODALITIES
 
@@ -38,9 +39,13 @@ class RecordSource(Source):
 
     def chunks(self, seed: int, chunk_items: int, chunk_bytes: int) -> Iterator[Chunk]:
         if not self.path.is_dir():
+            if is_unread("records", self.path.name):
+                yield lost_chunk(refusal(self.path.name, self.type, FORMS))
+                return
             yield from record_chunks(self.path, self.path.name, chunk_bytes)
             return
-        found = list(walk_files(self.path, lambda name: form_of(name) is not None, self.follow_links))
+        walked = walk_files(self.path, lambda name: form_of(name) or is_unread("records", name), self.follow_links)
+        found = unread(walked, "records", self.type, FORMS)
         for name in sorted(name for name in found if isinstance(name, str)):
             yield from self._chunks_of(name, chunk_bytes)
         yield from (lost_chunk(lost) for lost in found if isinstance(lost, Rejected))

@@ -21,6 +21,7 @@ from megatron_anyexperts.corpus.sources.base import (
 )
 from megatron_anyexperts.corpus.sources.folders import AudioFolder, ImageFolder, VideoFolder
 from megatron_anyexperts.corpus.sources.sidecars import TEXT_NAMES
+from megatron_anyexperts.corpus.sources.unread import is_unread, refusal, unread
 from megatron_anyexperts.corpus.unforeseen import foreseen
 
 MEDIA_BY_SUFFIX = {
@@ -52,9 +53,14 @@ class WebDataset(Source):
 
     def chunks(self, seed: int, chunk_items: int, chunk_bytes: int) -> Iterator[Chunk]:
         if not self.path.is_dir():
-            yield {"file": self.path.name}
+            if is_unread("tar", self.path.name):
+                yield lost_chunk(refusal(self.path.name, self.type, self.forms()))
+            else:
+                yield {"file": self.path.name}
             return
-        found = list(walk_files(self.path, with_suffix({".tar"}), self.follow_links))
+        tar = with_suffix({".tar"})
+        walked = walk_files(self.path, lambda name: tar(name) or is_unread("tar", name), self.follow_links)
+        found = unread(walked, "tar", self.type, self.forms())
         yield from ({"file": name} for name in sorted(name for name in found if isinstance(name, str)))
         yield from (lost_chunk(lost) for lost in found if isinstance(lost, Rejected))
 
