@@ -75,7 +75,7 @@ def slots(record: RunRecord) -> Figure:
 
 def slot_distribution(record: RunRecord) -> Figure | None:
     """How many slots the tokens of each modality got in the newest interval; None if it is not known."""
-    routing = record.last.get("routing") or {}
+    routing = record.routing
     counts = {name: np.array(routing[name]["slots_histogram"], float) for name in COLOURS if name in routing}
     counts = {name: values for name, values in counts.items() if values.sum()}
     if not counts:
@@ -95,7 +95,7 @@ def slot_distribution(record: RunRecord) -> Figure | None:
 
 def by_layer(record: RunRecord) -> Figure | None:
     """Slots and real slots by layer and modality in the newest interval; None if they are not known."""
-    layers = (record.last.get("routing") or {}).get("layers") or {}
+    layers = record.routing.get("layers") or {}
     if not layers:
         return None
     figure, axes = _panels(2, (10.4, 3.4), share=True)

@@ -104,7 +104,7 @@ def _contents(blend: str | None) -> dict[str, int]:
 
 def _tokens(record: RunRecord) -> dict[str, int]:
     """Every mixture layer counts each token once."""
-    layers = len((record.last.get("routing") or {}).get("layers") or {})
+    layers = len(record.routing.get("layers") or {})
     totals = {name: sum(series(record.metrics, "routing", name, "tokens")[1]) for name in MODALITIES if layers}
     return {name: round(total / layers) for name, total in totals.items() if total}
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from megatron_anyexperts.analysis import charts
 from megatron_anyexperts.analysis.data_facts import data_facts
 from megatron_anyexperts.analysis.run_files import files_of
-from megatron_anyexperts.analysis.run_record import RunRecord
+from megatron_anyexperts.analysis.run_record import RunRecord, number
 from megatron_anyexperts.files import write_text
 
 NAME = "report.html"
@@ -51,17 +51,17 @@ def report(record: RunRecord, now: float) -> str:
     template = importlib.resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"figure": _figure, "clock": clock, "short": _short}
-    environment.globals["drawn"] = [chart for chart in _charts(record) if chart[1] is not None]
     return environment.from_string(template).render(
         name=record.run.root.resolve().name,
         folder=str(record.run.root.resolve()),
         row=record.row(now),
+        drawn=[chart for chart in _charts(record) if chart[1] is not None],
         targets=record.targets,
         data=data_facts(record),
         pictures=_pictures(record),
         faults=[event for event in record.events if event.get("event") not in _PLAIN_EVENTS],
         starts=[event for event in record.events if event.get("event") == "start"],
-        nonfinite=[row for row in record.metrics if (row.get("routing") or {}).get("nonfinite_tokens")],
+        nonfinite=[row for row in record.metrics if number(row, "routing", "nonfinite_tokens")],
         config=record.config,
         versions=record.versions,
         files=files_of(record.run),

@@ -78,6 +78,12 @@ class RunRecord:
         """Figures of the newest log interval; empty before the first."""
         return self.metrics[-1] if self.metrics else {}
 
+    @property
+    def routing(self) -> dict[str, Any]:
+        """Its part about routing; empty where there is none."""
+        found = self.last.get("routing")
+        return found if isinstance(found, dict) else {}
+
     def row(self, now: float | None = None) -> dict[str, Any]:
         """One line about the run; None for what is not known.
 

@@ -63,14 +63,18 @@ def main(cli: list[str] | None = None) -> int:
         return 2
     if os.environ["RANK"] != "0":
         return 0
-    rows = json.dumps([asdict(one) for one in evaluations], indent=2)
-    print(rows if own.json else table(evaluations))
+    listed = json.dumps([asdict(one) for one in evaluations], indent=2)
+    print(listed if own.json else table(evaluations))
+    rows = [tuple(keys) for batch in batches for keys in batch.sample_keys]
+    if len(set(rows)) < len(rows):
+        few = f"{len(set(rows))} of {len(rows)} held-out rows are different"
+        print(f"note: {few}, so the errors are too small; lower --batches", file=sys.stderr)
     for one in evaluations:
         if one.deviation > TOLERANCE:
             off = f"a layer is still {one.deviation:.1%} off its target; see --passes"
             print(f"note: '{one.budget}': {off}", file=sys.stderr)
     if own.output:
         own.output.mkdir(parents=True, exist_ok=True)
-        (own.output / "budgets.json").write_text(rows + "\n", encoding="utf-8")
+        (own.output / "budgets.json").write_text(listed + "\n", encoding="utf-8")
         write_png(budget_curves(evaluations), own.output / "budgets.png")
     return 0

@@ -10,7 +10,7 @@ from megatron_anyexperts.survival.run_directory import Run
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=alert(1)>$x_1$"
 
 
-def routing(slots: float, layers: tuple[str, ...] = ("2", "4")) -> dict:
+def routing(slots: float, layers: tuple[str, ...] = ("2", "<script>4")) -> dict:
     tokens = {"tokens": 100, "slots": slots, "real": slots - 0.2, "slots_histogram": [0, 50, 30, 20]}
     load = {"rank_max_over_mean": 1.1, "rank_max_over_mean_peak": 1.4, "expert_max_over_mean": 1.8}
     each = {"all": tokens, "text": tokens, "load": load}
