@@ -49,12 +49,12 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
-        # Its torch part is compiled against the torch that is there, with the CUDA headers that came with it; those of
-        # nvidia-cuda-crt, which the others include, torch does not need: of the same CUDA as nvidia-cuda-runtime.
+        # Its torch part is compiled against the torch that is there, with the CUDA headers that came with it. Two parts
+        # of the toolkit are needed that torch does without: headers that others include, and cuRAND.
         "fp8": [
+            "cuda-toolkit[crt,curand]",
             "transformer-engine[core_cu13,pytorch]>=2.11",
             "ninja>=1.11",
-            "nvidia-cuda-crt>=13.2,<13.3",
             "pybind11>=2.13",
         ],
         "mpi": ["mpi4py>=4.1", "openmpi>=5.0"],

@@ -35,7 +35,7 @@ STORAGE = {
 HOW_TO_GET = {
     "CUDA": "run on a machine with an NVIDIA GPU and a driver that fits the CUDA version torch was built for",
     "NCCL": "comes with the CUDA build of torch",
-    "Transformer Engine": "./bootstrap.sh dev,fp8 in the checkout, on a machine with the CUDA toolkit",
+    "Transformer Engine": "./bootstrap.sh dev,fp8 in the checkout; it is compiled by a C++ compiler",
     "FP8": "needs Transformer Engine and a GPU of compute capability 8.9 or newer (Ada, Hopper, Blackwell)",
     "apex": "build from https://github.com/NVIDIA/apex with --cpp_ext --cuda_ext; training switches gradient "
     "accumulation fusion off without it, also in Transformer Engine's layers",
