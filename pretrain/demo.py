@@ -1,4 +1,4 @@
-"""The whole path on two CPU cores: raw files, shards, pretraining with EP = 2, resuming on one rank, pictures.
+"""The whole path on two CPU cores: raw files, shards, pretraining with EP = 2, resuming on one rank, answers, pictures.
 
     python pretrain/demo.py --output runs/demo
 
@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+import demo_scenes
+
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.manifest import iteration_directory
 from megatron_anyexperts.survival.run_directory import Run
@@ -21,7 +23,7 @@ from megatron_anyexperts.training.step_stats import read_sample_log
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "pretrain/configs/demo.yaml"
-CORPUS = ROOT / "pretrain/configs/corpora/demo.yaml"
+CORPORA = ROOT / "pretrain/configs/corpora"
 SAVED_AT, RESUMED_UNTIL = 120, 130
 
 
@@ -53,25 +55,31 @@ def torchrun(ranks: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
 
 
-def train(title: str, ranks: int, run_dir: Path, shards: Path, *flags: str) -> None:
+def train(title: str, ranks: int, run_dir: Path, data: list[str], *flags: str) -> None:
     """Pretrain with the demo's configuration in `run_dir`."""
     run(
         f"{title} (log: {run_dir / 'train.log'})",
         *torchrun(ranks),
         "pretrain/pretrain_multimodal.py",
-        *common(run_dir, shards),
+        *common(run_dir, data),
+        *("--micro-batch-size", "4"),
         *flags,
         log=run_dir / "train.log",
     )
 
 
-def common(run_dir: Path, shards: Path) -> list[str]:
-    """Flags that every step of the demo shares."""
-    paths = ["--data-path", str(shards / "blend.yaml"), "--tokenizer-model", str(shards / "tokenizer")]
-    return ["--config", str(CONFIG), "--run-dir", str(run_dir), *paths]
+def common(run_dir: Path, data: list[str]) -> list[str]:
+    """Flags that every step of the demo shares; `data` says what is read."""
+    return ["--config", str(CONFIG), "--run-dir", str(run_dir), *data]
 
 
-def resume_on_one_rank(uninterrupted: Path, resumed: Path, shards: Path) -> None:
+def build(title: str, corpus: str, root: Path, output: Path) -> None:
+    """Build the shards of one of the demo's corpora."""
+    script = [sys.executable, "data_tools/build_shards.py", CORPORA / f"{corpus}.yaml"]
+    run(title, *script, "--root", root, "--output", output)
+
+
+def resume_on_one_rank(uninterrupted: Path, resumed: Path, data: list[str]) -> None:
     """Continue from the middle of the 2-rank run on one rank, and compare the samples with that run's.
 
     Raises:
@@ -80,7 +88,7 @@ def resume_on_one_rank(uninterrupted: Path, resumed: Path, shards: Path) -> None
     source, target = Run(uninterrupted).checkpoints, Run(resumed).checkpoints
     shutil.copytree(iteration_directory(source, SAVED_AT), iteration_directory(target, SAVED_AT))
     until = ["--exit-interval", str(RESUMED_UNTIL), "--eval-interval", "1000", "--save-interval", "1000"]
-    train(f"resume at {SAVED_AT} on 1 rank, EP = 1", 1, resumed, shards, "--log-interval", "1", *until)
+    train(f"resume at {SAVED_AT} on 1 rank, EP = 1", 1, resumed, data, "--log-interval", "1", *until)
     before, after = read_sample_log(uninterrupted / "samples"), read_sample_log(resumed / "samples")
     for iteration in range(SAVED_AT + 1, RESUMED_UNTIL + 1):
         if before[iteration] != after.get(iteration):
@@ -101,22 +109,43 @@ def summary(run_dir: Path) -> str:
     return "\n".join(lines)
 
 
+def answers(run_dir: Path, raw: Path, data: list[str]) -> None:
+    """Ask about scenes that training never showed; print the scores, and where importance falls."""
+    log = run_dir / "answers.log"
+    flags = ["--evaluate", "--other-pictures", "--masks", str(raw / "scenes/held_out.masks.jsonl")]
+    script = [sys.executable, "pretrain/generate.py", *flags]
+    run("held-out questions, and the same with exchanged pictures", *script, *common(run_dir, data), log=log)
+    printed = log.read_text(errors="replace")
+    print("".join(f"   {line}\n" for line in printed[printed.index("checkpoint: ") :].splitlines()), end="")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="where everything goes")
     output = parser.parse_args().output.resolve()
     start = time.monotonic()
     raw, shards, pretrained, resumed = (output / name for name in ("raw", "shards", "pretrain", "resume"))
+    tokenizer = ["--tokenizer-model", str(shards / "tokenizer")]
     if not raw.exists():
         run("fetch real images, speech and prose", sys.executable, "data_tools/fetch_demo_data.py", "--output", raw)
-    build = [sys.executable, "data_tools/build_shards.py", CORPUS, "--root", raw, "--output", shards]
-    run("build shards and tokenizer", *build)
+    sees = demo_scenes.available(raw)
+    if sees:
+        demo_scenes.make(raw, run)
+    build("build shards and tokenizer", "demo", raw, shards)
+    data = ["--data-path", str(shards / "blend.yaml")]
+    if sees:
+        build("build shards of scenes of one thing", "demo_scenes", output, output / "first")
+        build("build shards of held-out questions", "demo_answers", output, output / "answers")
+        data = demo_scenes.write_blend(output)
+    data += tokenizer
     for folder in (pretrained, resumed):
         shutil.rmtree(folder, ignore_errors=True)
-    train("pretrain on 2 ranks, EP = 2", 2, pretrained, shards, "--expert-model-parallel-size", "2")
+    train("pretrain on 2 ranks, EP = 2", 2, pretrained, data, "--expert-model-parallel-size", "2")
     print(summary(pretrained))
-    resume_on_one_rank(pretrained, resumed, shards)
-    pictures = [sys.executable, "pretrain/show_routing.py", *common(pretrained, shards)]
+    resume_on_one_rank(pretrained, resumed, data)
+    if sees:
+        answers(pretrained, raw, ["--data-path", str(output / "answers/blend.yaml"), *tokenizer])
+    pictures = [sys.executable, "pretrain/show_routing.py", *common(pretrained, data)]
     run("pictures", *pictures, log=pretrained / "pictures.log")
     run("report", sys.executable, "-m", "megatron_anyexperts", "runs", "report", pretrained)
     results = {

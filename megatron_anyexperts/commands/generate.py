@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
     own.add_argument("--sampling-seed", type=int, default=0, help="seed of sampled answers (default: 0)")
     own.add_argument("--evaluate", action="store_true", help="score the conversations held out in --data-path")
-    own.add_argument("--json", action="store_true", help="with --prompt: print JSON")
+    own.add_argument("--json", action="store_true", help="print JSON")
     own.add_argument("--examples", type=int, default=0, help="with --evaluate: answers to print per task")
     own.add_argument("--masks", type=Path, help="with --evaluate: where importance falls, by this .masks.jsonl")
     own.add_argument("--other-pictures", action="store_true", help="with --evaluate: also with exchanged pictures")
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 def evaluate(args: argparse.Namespace, model, own: argparse.Namespace) -> None:
     """Print the scores of each task, and decoded answers."""
     from megatron_anyexperts.data.informative import read_masks
-    from megatron_anyexperts.evaluation.answers import AnswerScorer, score_table, with_other_pictures
+    from megatron_anyexperts.evaluation.answers import AnswerScorer, score_table, together, with_other_pictures
     from megatron_anyexperts.evaluation.generation import generate, up_to_answer
     from megatron_anyexperts.evaluation.informative import semantics, semantics_table
 
@@ -66,13 +66,21 @@ def evaluate(args: argparse.Namespace, model, own: argparse.Namespace) -> None:
             answer = generate(model, scorer.encoder, up_to_answer(question.document), own.max_new_tokens)
             expected = vocabulary.decode(planned.tokens[planned.target].tolist()).partition("<|im_end|>")[0]
             print(f"{question.task}: expected {expected!r}, answered {answer.text!r}")
-    shuffled = None
+    scores, shuffled, layers = scorer(model), None, None
     if own.other_pictures:
         questions = with_other_pictures(scorer.questions)
         shuffled = AnswerScorer(scorer.encoder, questions, scorer.micro_batch_size)(model)
-    print(f"checkpoint: {args.load}, iteration {args.iteration}\n{score_table(scorer(model), shuffled)}")
     if own.masks:
-        print(semantics_table(semantics(model, scorer.encoder, scorer.questions, read_masks(own.masks))))
+        layers = semantics(model, scorer.encoder, scorer.questions, read_masks(own.masks))
+    if own.json:
+        named = {"all": together(scores)} | ({"all, other pictures": together(shuffled)} if shuffled else {})
+        tables = {"tasks": scores, "tasks, other pictures": shuffled or {}, "layers": layers or {}}
+        content = {name: {key: asdict(one) for key, one in table.items()} for name, table in tables.items()}
+        print(json.dumps({name: asdict(one) for name, one in named.items()} | content))
+        return
+    print(f"checkpoint: {args.load}, iteration {args.iteration}\n{score_table(scores, shuffled)}")
+    if layers:
+        print(semantics_table(layers))
 
 
 def main(cli: list[str] | None = None) -> int:

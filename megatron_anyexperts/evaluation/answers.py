@@ -221,10 +221,10 @@ def score_table(scores: dict[str, Score], shuffled: dict[str, Score] | None = No
     """
     head = f"{'task':24s} {'questions':>9s} {'exact match':>16s} {'most frequent':>13s}"
     lines = [head + (f" {'other pictures':>16s}" if shuffled else "") + f" {'loss':>7s}"]
-    for task, score in ({**scores, "all": _together(scores)} if len(scores) > 1 else scores).items():
+    for task, score in ({**scores, "all": together(scores)} if len(scores) > 1 else scores).items():
         line = f"{task:24s} {score.questions:9d} {_share(score):>16s} {score.most_frequent:13.1%}"
         if shuffled:
-            line += f" {_share(shuffled[task] if task in shuffled else _together(shuffled)):>16s}"
+            line += f" {_share(shuffled[task] if task in shuffled else together(shuffled)):>16s}"
         lines.append(f"{line} {score.loss:7.3f}")
     return "\n".join(lines)
 
@@ -233,7 +233,7 @@ def _share(score: Score) -> str:
     return f"{score.exact:.1%} +- {score.error:.1%}"
 
 
-def _together(scores: dict[str, Score]) -> Score:
+def together(scores: dict[str, Score]) -> Score:
     """All tasks as one: means over questions; a constant answer is one for each task."""
     count = sum(score.questions for score in scores.values())
     means = (

@@ -124,8 +124,15 @@ class FourierPositions(torch.nn.Module):
         return self.project(waves.to(self.project.weight.dtype))
 
 
-def plain_linear(inputs: int, config: TransformerConfig) -> torch.nn.Linear:
-    """A linear map to `config.hidden_size` without bias, equal on all tensor-parallel ranks, in `params_dtype`."""
+def plain_linear(inputs: int, config: TransformerConfig, std: float | None = None) -> torch.nn.Linear:
+    """A linear map to `config.hidden_size` without bias, equal on all tensor-parallel ranks, in `params_dtype`.
+
+    Args:
+        std: standard deviation of its weights; None: the configuration's initialisation.
+    """
     linear = torch.nn.Linear(inputs, config.hidden_size, bias=False, dtype=config.params_dtype)
-    config.init_method(linear.weight)
+    if std is None:
+        config.init_method(linear.weight)
+    else:
+        torch.nn.init.normal_(linear.weight, std=std)
     return linear

@@ -58,7 +58,9 @@ class VisionEncoder(MegatronModule):
     ):
         super().__init__(config)
         self.shape = shape
-        self.embed = plain_linear(shape.patch_values, config)
+        # A patch of ordinary contrast, standard deviation 1/3, comes out at about 1: at the deviation of other weights
+        # where it lies would outweigh what it shows.
+        self.embed = plain_linear(shape.patch_values, config, std=3 * shape.patch_values**-0.5)
         self.positions = FourierPositions(3, config)
         self.transformer = PackedTransformer(config, pg_collection)
         merged = shape.spatial_merge**2 * config.hidden_size

@@ -225,6 +225,6 @@ def test_the_recipes_run_as_printed(tmp_path):
     (checkout / "CHECKPOINTS").symlink_to(checkout / "runs/demo/tuned/checkpoints")
     for block in BLOCKS:
         if block.how == RECIPE and block.page != "README.md":
-            # Extending a run: four steps more, not twice 160.
-            in_clean_shell(checkout, block.text.replace("--train-iters 320", "--train-iters 8"))
+            # Extending a run: four steps more, not twice 240.
+            in_clean_shell(checkout, block.text.replace("--train-iters 480", "--train-iters 8"))
     assert (checkout / "runs/demo/pretrain/checkpoints/latest_checkpointed_iteration.txt").read_text() == "8"
