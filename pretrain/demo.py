@@ -16,10 +16,10 @@ from pathlib import Path
 
 import demo_scenes
 
+from megatron_anyexperts.console import quiet_imports
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.manifest import iteration_directory
 from megatron_anyexperts.survival.run_directory import Run
-from megatron_anyexperts.training.step_stats import read_sample_log
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "pretrain/configs/demo.yaml"
@@ -27,8 +27,8 @@ CORPORA = ROOT / "pretrain/configs/corpora"
 SAVED_AT, RESUMED_UNTIL = 120, 130
 
 
-def run(title: str, *command: str | Path, log: Path | None = None) -> None:
-    """Run one step; its output goes to the screen or, if `log` is given, there.
+def run(title: str, *command: str | Path) -> None:
+    """Run one step; its output goes to the screen.
 
     Raises:
         SystemExit: the step failed.
@@ -36,17 +36,9 @@ def run(title: str, *command: str | Path, log: Path | None = None) -> None:
     print(f"\n== {title}", flush=True)
     start = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    words = [str(word) for word in command]
-    if log is None:
-        code = subprocess.call(words, cwd=ROOT, env=environment)
-    else:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as file:
-            code = subprocess.call(words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    code = subprocess.call([str(word) for word in command], cwd=ROOT, env=environment)
     if code:
-        if log is not None:
-            print("".join(log.read_text(errors="replace").splitlines(keepends=True)[-30:]))
-        sys.exit(f"'{title}' failed with exit code {code}; log: {log or 'above'}")
+        sys.exit(f"'{title}' failed with exit code {code}; see above")
     print(f"   {time.monotonic() - start:.0f} s", flush=True)
 
 
@@ -58,13 +50,12 @@ def torchrun(ranks: int) -> list[str]:
 def train(title: str, ranks: int, run_dir: Path, data: list[str], *flags: str) -> None:
     """Pretrain with the demo's configuration in `run_dir`."""
     run(
-        f"{title} (log: {run_dir / 'train.log'})",
+        title,
         *torchrun(ranks),
         "pretrain/pretrain_multimodal.py",
         *common(run_dir, data),
         *("--micro-batch-size", "4"),
         *flags,
-        log=run_dir / "train.log",
     )
 
 
@@ -85,6 +76,9 @@ def resume_on_one_rank(uninterrupted: Path, resumed: Path, data: list[str]) -> N
     Raises:
         SystemExit: the samples differ.
     """
+    quiet_imports()
+    from megatron_anyexperts.training.step_stats import read_sample_log
+
     source, target = Run(uninterrupted).checkpoints, Run(resumed).checkpoints
     shutil.copytree(iteration_directory(source, SAVED_AT), iteration_directory(target, SAVED_AT))
     until = ["--exit-interval", str(RESUMED_UNTIL), "--eval-interval", "1000", "--save-interval", "1000"]
@@ -111,12 +105,9 @@ def summary(run_dir: Path) -> str:
 
 def answers(run_dir: Path, raw: Path, data: list[str]) -> None:
     """Ask about scenes that training never showed; print the scores, and where importance falls."""
-    log = run_dir / "answers.log"
     flags = ["--evaluate", "--other-pictures", "--masks", str(raw / "scenes/held_out.masks.jsonl")]
     script = [sys.executable, "pretrain/generate.py", *flags]
-    run("held-out questions, and the same with exchanged pictures", *script, *common(run_dir, data), log=log)
-    printed = log.read_text(errors="replace")
-    print("".join(f"   {line}\n" for line in printed[printed.index("checkpoint: ") :].splitlines()), end="")
+    run("held-out questions, and the same with exchanged pictures", *script, *common(run_dir, data))
 
 
 def main() -> None:
@@ -146,7 +137,7 @@ def main() -> None:
     if sees:
         answers(pretrained, raw, ["--data-path", str(output / "answers/blend.yaml"), *tokenizer])
     pictures = [sys.executable, "pretrain/show_routing.py", *common(pretrained, data)]
-    run("pictures", *pictures, log=pretrained / "pictures.log")
+    run("pictures", *pictures)
     run("report", sys.executable, "-m", "megatron_anyexperts", "runs", "report", pretrained)
     results = {
         "shards": shards,
@@ -155,7 +146,7 @@ def main() -> None:
         "report": pretrained / "report.html",
         "pictures": pretrained / "pictures",
         "samples": pretrained / "samples",
-        "log": pretrained / "train.log",
+        "log": Run(pretrained).output,
     }
     print(f"\ndone in {time.monotonic() - start:.0f} s; results:")
     print("\n".join(f"   {name:12s} {path}" for name, path in results.items()))

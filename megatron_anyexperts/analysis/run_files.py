@@ -13,6 +13,7 @@ _PARTS = (
     ("logs/expert_load.json", "load of every expert, newest interval"),
     ("logs/events.jsonl", "starts, saves, faults, exits"),
     ("logs/quarantine.jsonl", "samples that killed a decoder"),
+    ("logs/output", "all that each rank printed, Megatron's lines among it"),
     ("logs/heartbeat", "newest sign of life of each rank"),
     ("logs/stacks", "last stack of each rank that crashed or hung"),
     ("checkpoints", "sealed checkpoints"),

@@ -226,11 +226,13 @@ def refused_by_training(args: argparse.Namespace, ranks: int | None, complete: b
     """
     from megatron.training.arguments import validate_args
 
+    from megatron_anyexperts.training.arguments import refuse_size
     from megatron_anyexperts.training.pretrain import DEFAULTS, check
 
     args.world_size = ranks or least_ranks(args)
     try:
         with contextlib.redirect_stdout(io.StringIO()), as_if_complete() if complete else contextlib.nullcontext():
+            refuse_size(args)
             validate_args(args, dict(DEFAULTS))
             check(args)
     except (ValueError, AssertionError) as error:

@@ -13,13 +13,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_anyexperts.console import Parser, own_lines_only, say
 from megatron_anyexperts.evaluation.trained_model import load_model, start
 from megatron_anyexperts.training.arguments import UsageError
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags of this command; all others go to Megatron's parser."""
-    own = argparse.ArgumentParser(
+    own = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     own.add_argument("--budgets", nargs="+", required=True, metavar="K_MIN:K_MAX[:SLOTS[:REAL]]")
@@ -30,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     return own
 
 
+@own_lines_only
 def main(cli: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     own, rest = parser().parse_known_args(cli)
@@ -64,7 +66,7 @@ def main(cli: list[str] | None = None) -> int:
     if os.environ["RANK"] != "0":
         return 0
     listed = json.dumps([asdict(one) for one in evaluations], indent=2)
-    print(listed if own.json else table(evaluations))
+    say(listed if own.json else table(evaluations))
     rows = [tuple(keys) for batch in batches for keys in batch.sample_keys]
     if len(set(rows)) < len(rows):
         few = f"{len(set(rows))} of {len(rows)} held-out rows are different"

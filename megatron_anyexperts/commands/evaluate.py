@@ -12,13 +12,14 @@ import os
 import sys
 from dataclasses import asdict
 
+from megatron_anyexperts.console import Parser, own_lines_only, say
 from megatron_anyexperts.evaluation.trained_model import load_model, start
 from megatron_anyexperts.training.arguments import UsageError
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags of this command; all others go to Megatron's parser."""
-    own = argparse.ArgumentParser(
+    own = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     own.add_argument("--batches", type=int, default=64, help="most held-out microbatches of a rank (default 64)")
@@ -26,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     return own
 
 
+@own_lines_only
 def main(cli: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     own, rest = parser().parse_known_args(cli)
@@ -48,9 +50,9 @@ def main(cli: list[str] | None = None) -> int:
         return 0
     if own.json:
         answers = {task: asdict(score) for task, score in scores.items()}
-        print(json.dumps({"load": args.load, "iteration": args.iteration, **asdict(result), "answers": answers}))
+        say(json.dumps({"load": args.load, "iteration": args.iteration, **asdict(result), "answers": answers}))
         return 0
-    print(f"checkpoint: {args.load}, iteration {args.iteration}\n{loss_table(result)}")
+    say(f"checkpoint: {args.load}, iteration {args.iteration}\n{loss_table(result)}")
     if scores:
-        print(f"\n{score_table(scores)}")
+        say(f"\n{score_table(scores)}")
     return 0

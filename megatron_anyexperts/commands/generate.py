@@ -13,25 +13,35 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_anyexperts.console import Parser, own_lines_only, say
 from megatron_anyexperts.evaluation.trained_model import load_model, start
 from megatron_anyexperts.training.arguments import UsageError
+
+
+def why_empty(generated) -> str:
+    """What to show in the place of an answer without text."""
+    if generated.answer:
+        return f"(empty: none of its {len(generated.answer)} tokens is text)"
+    if generated.stop:
+        return f"(empty: the first token was {generated.stop}, the end of an answer)"
+    return "(empty: --max-new-tokens asked for none)"
 
 
 def show(generated, as_json: bool) -> None:
     """Print an answer and the slots of every token, placeholders of one medium summed up."""
     if as_json:
-        print(json.dumps(asdict(generated)))
+        say(json.dumps(asdict(generated)))
         return
-    print(f"answer: {generated.text}")
-    print("slots per token:")
+    say(f"answer: {generated.text or why_empty(generated)}")
+    say("slots per token:")
     for name, tokens in (("prompt", generated.prompt), ("answer", generated.answer)):
         words = [f"{token.text!r} {'-' if token.slots is None else f'{token.slots:.2f}'}" for token in tokens]
-        print(f"  {name}: {'  '.join(words)}")
+        say(f"  {name}: {'  '.join(words)}")
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags of this command; all others go to Megatron's parser."""
-    own = argparse.ArgumentParser(
+    own = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     own.add_argument("--prompt", help="the user's question")
@@ -65,7 +75,7 @@ def evaluate(args: argparse.Namespace, model, own: argparse.Namespace) -> None:
             planned, vocabulary = question.planned, scorer.encoder.vocabulary
             answer = generate(model, scorer.encoder, up_to_answer(question.document), own.max_new_tokens)
             expected = vocabulary.decode(planned.tokens[planned.target].tolist()).partition("<|im_end|>")[0]
-            print(f"{question.task}: expected {expected!r}, answered {answer.text!r}")
+            say(f"{question.task}: expected {expected!r}, answered {answer.text!r}")
     scores, shuffled, layers = scorer(model), None, None
     if own.other_pictures:
         questions = with_other_pictures(scorer.questions)
@@ -76,13 +86,14 @@ def evaluate(args: argparse.Namespace, model, own: argparse.Namespace) -> None:
         named = {"all": together(scores)} | ({"all, other pictures": together(shuffled)} if shuffled else {})
         tables = {"tasks": scores, "tasks, other pictures": shuffled or {}, "layers": layers or {}}
         content = {name: {key: asdict(one) for key, one in table.items()} for name, table in tables.items()}
-        print(json.dumps({name: asdict(one) for name, one in named.items()} | content))
+        say(json.dumps({name: asdict(one) for name, one in named.items()} | content))
         return
-    print(f"checkpoint: {args.load}, iteration {args.iteration}\n{score_table(scores, shuffled)}")
+    say(f"checkpoint: {args.load}, iteration {args.iteration}\n{score_table(scores, shuffled)}")
     if layers:
-        print(semantics_table(layers))
+        say(semantics_table(layers))
 
 
+@own_lines_only
 def main(cli: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     own, rest = parser().parse_known_args(cli)
@@ -94,7 +105,7 @@ def main(cli: list[str] | None = None) -> int:
             raise UsageError(f"{args.world_size} processes: run this command in one, checkpoints fit any layout")
         if args.anyexperts_dispatch_eps is not None:
             # Who is over the cap depends on all tokens of a step: a token's output would depend on later ones.
-            print("note: the dispatch cap is not causal; generation runs without it")
+            print("note: the dispatch cap is not causal; generation runs without it", file=sys.stderr)
             args.anyexperts_dispatch_eps = None
         model = load_model(args)
         if own.evaluate:

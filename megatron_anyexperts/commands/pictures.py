@@ -8,10 +8,12 @@ Reads RUN/logs and the newest checkpoint; writes PNG files to RUN/pictures.
 import sys
 from pathlib import Path
 
+from megatron_anyexperts.console import own_lines_only, say
 from megatron_anyexperts.evaluation.trained_model import load_model, start
 from megatron_anyexperts.training.arguments import UsageError
 
 
+@own_lines_only
 def main(cli: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     try:
@@ -38,5 +40,5 @@ def main(cli: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"pictures: {folder}")
+    say(f"pictures: {folder}")
     return 0

@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_anyexperts.console import own_lines_only, say
 from megatron_anyexperts.evaluation.trained_model import start
 from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.training.arguments import UsageError
@@ -45,6 +46,7 @@ def alone(cli: list[str]) -> list[str]:
     return [*cli, *load, *ALONE, *(word for key in keys for word in ("--unset", key))]
 
 
+@own_lines_only
 def main(cli: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     try:
@@ -59,10 +61,10 @@ def main(cli: list[str] | None = None) -> int:
 
         settings = identity.settings(args, transformer_config(args))
         if old := comparison.starting_point(args, own=False):
-            print(comparison.compare(args, settings, old, new_shapes=True))
+            say(str(comparison.compare(args, settings, old, new_shapes=True)))
         upcycle(model_provider(), Path(args.load), Path(args.save), settings)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"checkpoint: {args.save} (train with --pretrained-checkpoint {args.save} and a new --run-dir)")
+    say(f"checkpoint: {args.save} (train with --pretrained-checkpoint {args.save} and a new --run-dir)")
     return 0

@@ -33,6 +33,24 @@ def streams_per_rank(streams: int, dp_size: int) -> int:
     return streams // dp_size
 
 
+def check_streams(streams: int, dp_size: int, ranks_of_one: int = 1) -> None:
+    """Make sure that data-parallel ranks can share the streams.
+
+    Args:
+        streams, dp_size: see `streams_per_rank`.
+        ranks_of_one: ranks of one data-parallel rank.
+
+    Raises:
+        ValueError: with the numbers of ranks that can.
+    """
+    if dp_size < 1 or streams % dp_size:
+        sizes = ", ".join(str(size * ranks_of_one) for size in valid_dp_sizes(streams))
+        raise ValueError(
+            f"{dp_size * ranks_of_one} ranks, dp_size={dp_size}, does not divide data_streams={streams}; "
+            f"use one of {sizes} ranks"
+        )
+
+
 def check_global_batch(global_batch_size: int, micro_batch_size: int, streams: int) -> None:
     """Make sure that a training step consumes whole rounds.
 

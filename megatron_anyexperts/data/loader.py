@@ -16,6 +16,7 @@ import torch
 from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader
 from megatron.energon.task_encoder.base import TaskEncoder
 
+from megatron_anyexperts.console import say
 from megatron_anyexperts.data import elastic, scheduled_blend, shard_reader
 from megatron_anyexperts.data.blend import open_blend
 from megatron_anyexperts.data.config import DataConfig
@@ -180,7 +181,7 @@ class MicrobatchLoader:
         stage = self.schedule.stage_at(rounds)
         if self._announces and rounds == self.schedule.starts[stage]:
             number = f"{stage + 1} of {len(self.schedule.starts)}"
-            print(f"mixture stage {number} begins: {self.schedule.describe(stage)}", flush=True)
+            say(f"mixture stage {number} begins: {self.schedule.describe(stage)}")
 
     def save_state(self) -> elastic.RankState:
         """State of this rank's streams, between training steps.
@@ -247,7 +248,7 @@ class MicrobatchLoader:
                 raise ValueError(f"{error} (a step was {was} rows until now, and is {self._rows_per_step})") from None
             self._rows_per_step = None
         if self.schedule.check_continues(saved["stages"], rounds) and self._announces:
-            print("mixture stages to come are others than in the checkpoint", flush=True)
+            say("mixture stages to come are others than in the checkpoint")
 
     def close(self) -> None:
         """Stop the worker processes; the loader gives nothing afterwards."""

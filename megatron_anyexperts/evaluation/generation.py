@@ -40,11 +40,12 @@ class GeneratedToken:
 
 @dataclass(frozen=True)
 class Generated:
-    """A prompt's tokens and those generated after it; a stop token is not among them."""
+    """A prompt's tokens and those generated after it; the stop token that ended them is named apart."""
 
     prompt: list[GeneratedToken]
     answer: list[GeneratedToken]
     text: str
+    stop: str | None = None
 
 
 def media_file(path: Path, modality: str) -> Media:
@@ -153,13 +154,14 @@ def generate(
     """
     vocabulary = encoder.vocabulary
     [planned] = encoder.plan(document)
-    stops = {vocabulary.special[name] for name in STOPS}
+    stops = {vocabulary.special[name]: name for name in STOPS}
+    stop: str | None = None
     device = torch.device(torch.cuda.current_device())
     generator = torch.Generator(device).manual_seed(seed)
     answer: list[int] = []
     with record_tokens() as layers:
         for token, _ in decode(model, encoder, planned, max_new_tokens, temperature, generator):
-            if token in stops:
+            if (stop := stops.get(token)) is not None:
                 break
             answer.append(token)
     slots = [torch.cat([record.slots_SB[:, 0] for record in records]).float() for records in layers.values()]
@@ -169,4 +171,4 @@ def generate(
         GeneratedToken(token, vocabulary.decode([token]), mean[place] if place < len(mean) else None)
         for place, token in enumerate(tokens)
     ]
-    return Generated(parts[: planned.size[0]], parts[planned.size[0] :], vocabulary.decode(answer))
+    return Generated(parts[: planned.size[0]], parts[planned.size[0] :], vocabulary.decode(answer), stop)

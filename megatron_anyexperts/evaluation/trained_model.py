@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_anyexperts import console
 from megatron_anyexperts.platform import cpu, torch_checkpoint
 from megatron_anyexperts.survival.manifest import tracked_checkpoint
 from megatron_anyexperts.survival.signing import signing_key
@@ -39,6 +41,7 @@ def start(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> argparse.Na
         check(args)
     except (ValueError, AssertionError) as error:
         raise UsageError(str(error)) from error
+    console.begin(args.verbose)
     from megatron.training.initialize import initialize_megatron
 
     initialize_megatron(allow_no_cuda=True)
@@ -72,8 +75,8 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
     args.exit_on_missing_checkpoint = False
     settings = RunSettings(args, transformer_config(args), own=False)
     settings.compare(args)
-    if args.rank == 0:
-        settings.announce(run=None)
+    if args.rank == 0 and settings.compared is not None:
+        print(settings.compared, file=sys.stderr)
     if signing_key() is not None:
         # Without one, reading every byte of a checkpoint first would take longer than most questions to it.
         try:

@@ -41,6 +41,11 @@ class Run:
         return self.root / "logs"
 
     @property
+    def output(self) -> Path:
+        """All that each rank printed, one file per rank, whatever the screen showed of it."""
+        return self.logs / "output"
+
+    @property
     def events(self) -> Path:
         """Starts, exits, hangs and other rare happenings, one JSON object a line."""
         return self.logs / "events.jsonl"

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from megatron_anyexperts.console import say
 from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.training import run_config
 from megatron_anyexperts.training.config import RunConfig, apply_run_dir
@@ -97,7 +98,7 @@ def merge(cli: list[str], add: ParserHook = add_arguments, drop: tuple[str, ...]
     parser = training_parser(add)
     if wanted := HELP & set(rest):
         if os.environ.get("RANK", "0") == "0":
-            print(help_text(parser, Path(sys.argv[0]).name, everything="--help-all" in wanted))
+            say(help_text(parser, Path(sys.argv[0]).name, everything="--help-all" in wanted))
         raise SystemExit(0)
     flags = {option: action for action in parser._actions for option in action.option_strings}
 
@@ -146,6 +147,19 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def refuse_size(args: argparse.Namespace) -> None:
+    """Refuse a number of ranks that cannot share the work: Megatron would speak of `eval_global_batch_size`.
+
+    Raises:
+        ValueError: names the sizes that can.
+    """
+    from megatron_anyexperts.data.elastic import check_streams
+
+    whole = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    if args.world_size % whole == 0:  # else Megatron names the sizes
+        check_streams(args.data_streams, args.world_size // whole, whole)
+
+
 def _refuse(args: argparse.Namespace) -> None:
     """Refuse what Megatron's own validation lets pass, corrects in silence, or refuses without saying the values."""
     if args.num_experts is None:
@@ -166,6 +180,7 @@ def _refuse(args: argparse.Namespace) -> None:
         raise UsageError("--async-save: Megatron's writer process dies without CUDA; save synchronously on CPU")
     if args.async_save and not args.use_persistent_ckpt_worker:
         raise UsageError("--async-save: Megatron ignores it without --use-persistent-ckpt-worker; add that flag")
+    refuse_size(args)
     for path in (*(args.data_path or ()), args.tokenizer_model):
         if path and "://" not in path and not Path(path).exists():
             raise UsageError(f"{path} does not exist; build shards and tokenizer with data_tools/build_shards.py")

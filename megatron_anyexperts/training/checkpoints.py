@@ -20,6 +20,7 @@ from megatron.training import get_args, print_rank_0
 from megatron.training import training as megatron_training
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_anyexperts.console import say
 from megatron_anyexperts.platform.seams import replace
 from megatron_anyexperts.survival import checkpoints as files
 from megatron_anyexperts.survival import retention, runlog
@@ -37,6 +38,12 @@ DATA_STATE = "data_state.pt"
 _UNVERIFIED_TRACKER = "latest_unverified_iteration.txt"
 _FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "PytorchStreamWriter failed")
 """How errors of a full disk read; torch's writer knows no error number."""
+
+
+def say_on_rank_0(text: str) -> None:
+    """`console.say` on one rank."""
+    if torch.distributed.get_rank() == 0:
+        say(text)
 
 
 class Checkpoints:
@@ -221,6 +228,7 @@ class Checkpoints:
             return
         self.failures.clear()
         self._log("saved", iteration=iteration)
+        say_on_rank_0(f"saved iteration {iteration} in {folder}")
         _, error = tried_on_rank_0(clean_up, beat)
         if error is not None:
             print_rank_0(f"WARNING: older checkpoints not deleted: {problem_of(error)}; the next save tries again")
@@ -258,7 +266,7 @@ class Checkpoints:
             resume.check_elsewhere(args, beat)
         else:
             for note in resume.go_on(args, own.iteration):
-                print_rank_0(f"note: {note}; the run goes on after its own iteration {own.iteration}")
+                say_on_rank_0(f"note: {note}; the run goes on after its own iteration {own.iteration}")
             resume.refuse_lost_optimizer(args, own.iteration)
         source = args.load
         if args.pretrained_checkpoint and not megatron_checkpointing.checkpoint_exists(args.load):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_anyexperts.console import say
 from megatron_anyexperts.moe.config import AnyExpertsConfig
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.checkpoints import newest_sealed
@@ -178,7 +179,7 @@ class RunSettings:
         if self.compared is None:
             return
         start, found = self.compared.start, self.compared.found
-        print(self.compared, flush=True)
+        say(str(self.compared))
         if run is not None:
             how = "resumed" if start.resumed else "weights alone"
             changed = "unknown" if found is None else {each.name: [each.saved, each.now] for each in found}

@@ -15,6 +15,9 @@ class RunConfig:
     """Directory of the run: checkpoints, TensorBoard curves, logs and sample keys go below it. Sets --save, --load
     and --tensorboard-dir where they are not given."""
 
+    verbose: bool = False
+    """Print all of Megatron's lines, which the files RUN_DIR/logs/output hold in any case."""
+
     log_sample_keys: bool = False
     """Write the keys of the samples of every training step to RUN_DIR/samples, one JSON line per step and
     data-parallel rank."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,15 @@ class DataProvider:
     Args:
         checkpoints: restores and saves the position in the training data.
         stats: gets the sample log.
+        begin: called on every rank once all is there.
     """
 
     is_distributed = True  # the loaders below know their data-parallel rank
 
-    def __init__(self, checkpoints: Checkpoints, stats: StepStats):
+    def __init__(self, checkpoints: Checkpoints, stats: StepStats, begin: Callable[[], None]):
         self.checkpoints = checkpoints
         self.stats = stats
+        self.begin = begin
 
     def __call__(self, _num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, None]:
         """Return the training and validation iterators of this rank; None where another rank reads."""
@@ -53,6 +56,8 @@ class DataProvider:
             known, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group()
         )
         self.stats.held_out_modalities = known[0]
+        if vp_stage in (None, 0):
+            self.begin()
         return train, valid, None
 
     def _loaders(self, args: argparse.Namespace) -> tuple[MicrobatchLoader | None, ValidationLoader | None]:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from megatron.training import training
 
+from megatron_anyexperts.console import say
 from megatron_anyexperts.platform.seams import replace
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.run_directory import Run
+from megatron_anyexperts.training.progress import losses
 
 
 def figures(losses: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -20,14 +22,13 @@ def figures(losses: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def install(run: Run | None) -> None:
-    """Record evaluations of this process; without a run there is no place to.
+    """Say the results of evaluations on the last rank, and record them where there is a run.
 
     Megatron 0.19 prints the losses and drops them: `evaluate` has them, and its caller knows the iteration.
     """
-    if run is None:
-        return
     evaluate, print_results = training.evaluate, training.evaluate_and_print_results
     last: dict[str, float] = {}
+    said: list[str] = []
 
     @functools.wraps(evaluate)
     def keeping(*args: Any, **named: Any) -> Any:
@@ -40,7 +41,12 @@ def install(run: Run | None) -> None:
     def recording(prefix: str, step: Any, data: Any, model: Any, iteration: int, *args: Any, **named: Any) -> None:
         print_results(prefix, step, data, model, iteration, *args, **named)
         if last and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            runlog.append_held_out(run, iteration, **last)
+            line = f"held out at step {iteration} | {losses(last)}"
+            if line not in said:  # after its last step Megatron's loop evaluates again
+                say(line)
+            said[:] = [line]
+            if run is not None:
+                runlog.append_held_out(run, iteration, **last)
 
     replace(training.__name__, "evaluate", keeping)
     replace(training.__name__, "evaluate_and_print_results", recording)

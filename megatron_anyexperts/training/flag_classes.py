@@ -187,7 +187,7 @@ TABLE: tuple[tuple[Kind, str, str], ...] = (
      tokenizer_sentencepiece_ignore_extra_whitespaces tokenizer_hf_no_use_fast tokenizer_hf_no_include_special_tokens
      trust_remote_code null_tokenizer_eod_id null_tokenizer_pad_id chat_template"""),
     (Kind.EXECUTION, "the run's folder and how its checkpoints are kept",
-     """run_dir log_sample_keys keep_last_checkpoints keep_every_checkpoint max_failed_saves accept_change
+     """run_dir verbose log_sample_keys keep_last_checkpoints keep_every_checkpoint max_failed_saves accept_change
      change_schedule peak_tflops_per_gpu"""),
     (Kind.EXECUTION, "file whose content is compared with the data state, as far as it was followed",
      "data_mixture_schedule"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_anyexperts.console import say
 from megatron_anyexperts.evaluation.answers import AnswerScorer, Score, score_table
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.manifest import TRACKER
@@ -64,7 +65,7 @@ class HeldOutAnswers:
         """Print the scores and write them to TensorBoard and the run's event log."""
         if not measured:
             return
-        print(f"held-out answers at iteration {iteration}\n{score_table(measured)}", flush=True)
+        say(f"held-out answers at iteration {iteration}\n{score_table(measured)}")
         for task, score in measured.items():
             writer.add_scalar(f"exact match/{task}", score.exact, iteration)
             writer.add_scalar(f"answer loss/{task}", score.loss, iteration)

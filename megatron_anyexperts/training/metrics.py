@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.models.hybrid.hybrid_layer_allocation import parse_hybrid_pattern
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.training import get_args, training
 
@@ -22,6 +23,7 @@ from megatron_anyexperts.survival.heartbeat import Heartbeat
 from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.training.curve_names import grouped
 from megatron_anyexperts.training.flops import PEAK_BF16, ModelFlops
+from megatron_anyexperts.training.progress import Progress, step_line
 from megatron_anyexperts.training.step_stats import Interval, StepStats
 
 
@@ -52,6 +54,9 @@ class TrainingMetrics(RoutingTracker):
         self.config = config
         self.stats = stats
         self.run = run
+        self.progress: Progress | None = None
+        self.learning_rate: float | None = None
+        """Of the step that is being reported."""
         self.heartbeat = heartbeat
         self.loss_layers = loss_layers(args.hybrid_layer_pattern, config.mtp_use_repeated_layer)
         self.flops = ModelFlops.from_args(args, config) if ModelFlops.knows(args.hybrid_layer_pattern) else None
@@ -73,6 +78,8 @@ class TrainingMetrics(RoutingTracker):
             self.stats.sample_log.flush(iteration)
         if self.heartbeat is not None:
             self.heartbeat.beat(iteration)
+        if self.progress is not None:
+            self.progress.step(iteration)
         # Megatron 0.19 counts the mixture layers of multi-token prediction in both of these.
         others |= {"num_layers": self.loss_layers, "moe_layer_freq": None, "mtp_num_layers": None}
         step: dict[str, torch.Tensor] = {}
@@ -108,6 +115,10 @@ class TrainingMetrics(RoutingTracker):
                 consumed_samples=args.consumed_train_samples,
                 train_iters=args.train_iters,
             )
+        if self.progress is not None:
+            left, args = self.progress.left(iteration), get_args()
+            line = step_line(iteration, args.train_iters, figures, self.snapshot(), self.learning_rate, left)
+            self.progress.say(line)
         return "".join(f" {name}: {value:.4g} |" for name, value in figures.items()) + text
 
     def _prediction_losses(self, loss_scale: float) -> dict[str, torch.Tensor]:
@@ -156,6 +167,8 @@ def loss_layers(pattern: str, repeated: bool) -> int:
 def _over_whole_intervals(training_log: Callable[..., bool]) -> Callable[..., bool]:
     @functools.wraps(training_log)
     def wrapper(loss_dict, totals, learning_rate, iteration, *others, is_first_iteration=False, **named):
+        if isinstance(tracker := get_moe_metrics_tracker(), TrainingMetrics):
+            tracker.learning_rate = learning_rate
         first = is_first_iteration and iteration % get_args().log_interval != 0
         return training_log(loss_dict, totals, learning_rate, iteration, *others, is_first_iteration=first, **named)
 

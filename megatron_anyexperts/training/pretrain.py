@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import sys
 import time
-import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from multiprocessing.managers import SyncManager
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from megatron_anyexperts import console
 from megatron_anyexperts.platform import cpu, torch_checkpoint
 from megatron_anyexperts.platform.seams import replace
 from megatron_anyexperts.survival import heartbeat as heartbeats
@@ -24,8 +25,8 @@ from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.checkpoints import NotSaved, NoUsableCheckpoint
 from megatron_anyexperts.survival.exit_codes import ExitCode
 from megatron_anyexperts.survival.lock import RunInUse, RunLock
-from megatron_anyexperts.survival.lost_writes import tolerate_full_disk
-from megatron_anyexperts.survival.run_directory import Run
+from megatron_anyexperts.survival.lost_writes import LostWrites, tolerate_full_disk
+from megatron_anyexperts.survival.run_directory import Run, rank_file
 from megatron_anyexperts.survival.signals import live_with_parent
 from megatron_anyexperts.survival.signing import signing_key
 from megatron_anyexperts.training import run_config
@@ -177,9 +178,14 @@ def pretrain(
         NotSaved: the last steps are in no checkpoint.
     """
     args, settings = prepare(cli, defaults, check)
+    from megatron_anyexperts.training import opening
+
     run = Run(Path(args.run_dir)).create() if args.run_dir else None
     first = args.rank == 0 and run is not None
     lock = _take(run) if first else None
+    output = run.output if run else None
+    lines = rank_file(output, args.rank, "log") if output else None
+    console.begin(args.verbose, lines, LostWrites(str(lines)))
 
     def log(event: str, **fields: Any) -> None:
         if first:
@@ -187,6 +193,7 @@ def pretrain(
 
     log("start", world_size=args.world_size, restart=int(os.environ.get("SLURM_RESTART_COUNT", 0)))
     if args.rank == 0:
+        opening.say_start(args, _configuration(cli), output)
         settings.announce(run)
     if first:
         try:
@@ -200,6 +207,8 @@ def pretrain(
         # Megatron leaves its loop this way after a signal, a time limit or an exit interval, having saved. It counts
         # the step it is in from zero.
         log("exit", iteration=args.curr_iteration + 1, code=stop.code)
+        if args.rank == 0:
+            console.say(f"ended at step {args.curr_iteration + 1} of {args.train_iters}")
         raise
     except NotSaved as error:
         log("not_saved", reason=str(error))
@@ -209,9 +218,17 @@ def pretrain(
         raise
     else:
         log("finished", iteration=args.train_iters)
+        if args.rank == 0:
+            console.say(f"finished: {args.train_iters} steps")
     finally:
         if lock is not None:
             lock.release()
+
+
+def _configuration(cli: list[str]) -> str | None:
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--config")
+    return own.parse_known_args(cli)[0].config
 
 
 def _take(run: Run) -> RunLock:
@@ -241,10 +258,11 @@ def _run_megatron(
 
     from megatron_anyexperts.media import MediaShape
     from megatron_anyexperts.platform import megatron as upstream
-    from megatron_anyexperts.training import curves, evaluations, learning_rates, metrics, schedule, stopping
+    from megatron_anyexperts.training import curves, evaluations, learning_rates, metrics, opening, schedule, stopping
     from megatron_anyexperts.training.checkpoints import Checkpoints
-    from megatron_anyexperts.training.data import DataProvider
+    from megatron_anyexperts.training.data import DataProvider, blend_file
     from megatron_anyexperts.training.forward_step import ForwardStep
+    from megatron_anyexperts.training.progress import Progress
     from megatron_anyexperts.training.step_stats import StepStats
 
     # The process behind this queue takes part in every save. Forked here it starts at once; Megatron would spawn it,
@@ -265,21 +283,37 @@ def _run_megatron(
     torch.cuda.set_device(args.local_rank)  # the tracker keeps tensors there; Megatron selects the device only later
     metrics.install()
     evaluations.install(run)
-    set_moe_metrics_tracker(metrics.TrainingMetrics(args, transformer_config(args), stats, run, heartbeat))
+    tracker = metrics.TrainingMetrics(args, transformer_config(args), stats, run, heartbeat)
+    set_moe_metrics_tracker(tracker)
+    sizes: Counter[str] = Counter()
+
+    def counted(*arguments: Any, **named: Any) -> torch.nn.Module:
+        model = model_provider(*arguments, **named)
+        sizes.update(opening.count_parameters(model))
+        return model
+
+    def begin() -> None:
+        opening.say_loaded(args, transformer_config(args), sizes, blend_file(args.data_path))
+        if args.rank == args.world_size - 1:
+            tracker.progress = Progress(args.iteration, args.train_iters)
+
     stopping.install(args)
     try:
         training.pretrain(
             pretrain_cfg_container_from_args(args),
-            DataProvider(checkpoints, stats),
+            DataProvider(checkpoints, stats, begin),
             ModelType.encoder_or_decoder,
             ForwardStep(stats, MediaShape.from_args(args)),
-            model_provider=model_provider,
+            model_provider=counted,
             non_loss_data_func=held_out.measure if held_out else None,
             process_non_loss_data_func=held_out.log if held_out else None,
         )
     except SystemExit:
         checkpoints.refuse_unsaved()
         raise
+    finally:
+        if tracker.progress is not None:
+            tracker.progress.close()
     checkpoints.refuse_unsaved()
 
 
@@ -293,9 +327,13 @@ def tell_torchrun(error: Exception) -> None:
 
 def main(cli: list[str] | None = None, pretrain: Callable[[list[str]], None] = pretrain) -> int:
     """Entry point of one rank; returns its `ExitCode`."""
-    # Said once by the doctor command instead of by each rank at each import.
-    warnings.filterwarnings("ignore", message=".*(Apex|[Tt]ransformer.[Ee]ngine).*")
-    tolerate_full_disk()
+    console.quiet_imports()
+    tolerate_full_disk()  # beneath the streams of the console
+    return _explained(cli, pretrain)
+
+
+@console.own_lines_only
+def _explained(cli: list[str] | None, pretrain: Callable[[list[str]], None]) -> int:
     from megatron_anyexperts.data.faults import DataFeedError
     from megatron_anyexperts.training.checkpoints import CheckpointError
 
@@ -310,6 +348,9 @@ def main(cli: list[str] | None = None, pretrain: Callable[[list[str]], None] = p
         tell_torchrun(error)
         print(f"error (rank {os.environ.get('RANK', '0')}): {error}", file=sys.stderr)
         return ExitCode.NOT_SAVED if isinstance(error, NotSaved) else ExitCode.FAILED
+    except Exception as error:
+        tell_torchrun(RuntimeError(f"{type(error).__name__}: {error}"))
+        raise
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

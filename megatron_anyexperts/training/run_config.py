@@ -20,7 +20,7 @@ _PACKAGES = ("megatron-anyexperts", "megatron-core", "torch", "megatron-energon"
 _PATHS = ("data-path", "tokenizer-model", "load", "save", "pretrained-checkpoint", "data-mixture-schedule")
 """Flags whose values are made absolute, so that the file serves from any folder."""
 
-ONE_START = ("run-dir", "change-schedule", "accept-change", "exit-interval", "exit-duration-in-mins")
+ONE_START = ("run-dir", "verbose", "change-schedule", "accept-change", "exit-interval", "exit-duration-in-mins")
 """Flags of one start, which the file leaves out."""
 TRAINING_ONLY = (
     *("load", "save", "finetune", "pretrained-checkpoint", "no-load-optim", "no-load-rng", "ckpt-step"),

@@ -29,6 +29,11 @@ class Finished:
     run: Run
 
     @property
+    def log(self) -> str:
+        """All that its ranks, and those of earlier starts in the same directory, printed."""
+        return "\n".join(path.read_text() for path in sorted(self.run.output.iterdir()))
+
+    @property
     def losses(self) -> dict[int, float]:
         """Training loss by iteration."""
         return {record["iteration"]: record["loss"] for record in runlog.read_metrics(self.run)}

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -10,7 +12,7 @@ import yaml
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.survival.run_directory import Run
 from tests import deadly
-from tests.end_to_end.launch import TINY, pretrain, run_ranks_fresh
+from tests.end_to_end.launch import ENTRY, ROOT, TINY, pretrain, run_ranks_fresh
 
 
 def message(result) -> str:
@@ -29,6 +31,7 @@ def message(result) -> str:
         (("--unset", "no-such-key"), ["no-such-key"]),
         (("--data-streams", "3"), ["global_batch_size=4", "data_streams=3"]),
         (("--async-save",), ["--async-save"]),
+        (("--data-streams", "4", "--train-iters", "4", "--lr-warmup-iters", "5"), ["--lr-warmup-iters 5", "iters 4"]),
         (("--anyexperts-rho-max", "1.5"), ["rho_max", "1.5"]),
         (("--data-path", "README.md", "LICENSE"), ["--data-path", "one Energon blend"]),
         (("--bf16", "--unset", "use-distributed-optimizer"), ["--bf16", "use-distributed-optimizer"]),
@@ -39,6 +42,7 @@ def message(result) -> str:
         "unset nothing",
         "batch and streams",
         "async save",
+        "warm-up longer than the run",
         "share above 1",
         "two blends",
         "bf16 and the other optimizer",
@@ -47,6 +51,21 @@ def message(result) -> str:
 def test_wrong_flags(corpus, tmp_path, flags, expected):
     text = message(pretrain(corpus, tmp_path / "run", *flags, succeed=False))
     assert all(word in text for word in expected), text
+
+
+def test_ranks_that_cannot_share_the_streams(corpus, tmp_path):
+    text = message(pretrain(corpus, tmp_path / "run", "--data-streams", "4", ranks=3, succeed=False))
+    assert text == "error: 3 ranks, dp_size=3, does not divide data_streams=4; use one of 1, 2, 4 ranks"
+
+
+def test_torchrun_ends_with_the_reason(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(ENTRY)]
+    words = ["--config", str(TINY), "--run-dir", str(tmp_path / "run"), "--num-expert", "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    output = subprocess.run([*command, *words], env=environment, cwd=ROOT, capture_output=True, text=True).stderr
+    report = output[output.index("ChildFailedError") :]
+    assert "error: unknown flag --num-expert; did you mean num-experts" in report
+    assert not (tmp_path / "run").exists()
 
 
 def test_unknown_configuration_key(corpus, tmp_path):

@@ -27,8 +27,9 @@ def run_dir(finished, tmp_path) -> Path:
 
 
 def rates(result: Finished) -> dict[int, float]:
-    """Learning rate by iteration."""
-    found = re.findall(r"iteration +(\d+)/.*? learning rate: ([0-9.E+-]+)", result.output)
+    """Learning rate by iteration of the last start."""
+    last = result.log.rsplit("end of arguments", 1)[1]
+    found = re.findall(r"iteration +(\d+)/.*? learning rate: ([0-9.E+-]+)", last)
     return {int(iteration): float(rate) for iteration, rate in found}
 
 

@@ -39,9 +39,10 @@ def from_one_step(corpus, tmp_path_factory):
     until = ("--train-iters", "21", "--save-interval", "100")
     pretrain(corpus, folder / "start", *until, "--exit-interval", "1")
 
-    def go(name: str, *flags: str, ranks: int = 1) -> dict[int, float]:
+    def go(name: str, *flags: str, ranks: int = 1) -> tuple[dict[int, float], str]:
         shutil.copytree(folder / "start", folder / name)
-        return pretrain(corpus, folder / name, *until, *flags, ranks=ranks).losses
+        result = pretrain(corpus, folder / name, *until, *flags, ranks=ranks)
+        return result.losses, re.search("^model: .*$", result.output, re.MULTILINE)[0]
 
     return go
 
@@ -62,11 +63,19 @@ def one_rank(from_one_step):
     ids=["EP2", "PP2", "TP2+SP"],
 )
 def test_the_layout_does_not_change_the_losses(from_one_step, one_rank, flags, tolerance, request):
-    split = from_one_step(request.node.callspec.id, *flags, ranks=2)
-    assert list(split) == list(one_rank) == list(range(1, 22))
-    for iteration, loss in one_rank.items():
+    (split, size), (losses, whole_size) = from_one_step(request.node.callspec.id, *flags, ranks=2), one_rank
+    assert list(split) == list(losses) == list(range(1, 22))
+    assert size == whole_size
+    for iteration, loss in losses.items():
         assert math.isclose(loss, split[iteration], rel_tol=tolerance), iteration
-    assert one_rank[21] < 0.9 * one_rank[1]
+    assert losses[21] < 0.9 * losses[1]
+
+
+def followed(run) -> dict[int, float]:
+    """Loss by step, as a person reads it."""
+    step = r"^step (\d+)/6 \| loss ([\d.]+) \(text .*real [\d.]+ per token.* lr \S+"
+    lines = re.findall(step, run.output, re.MULTILINE)
+    return {int(step): float(loss) for step, loss in lines}
 
 
 def test_resuming_on_fewer_ranks_trains_the_very_next_samples(corpus, tmp_path):
@@ -80,6 +89,16 @@ def test_resuming_on_fewer_ranks_trains_the_very_next_samples(corpus, tmp_path):
     resumed = pretrain(corpus, tmp_path / "broken", *mixture)
     begins = [re.findall(r"mixture stage (\d) of 3 begins", run.output) for run in (whole, broken, resumed)]
     assert begins == [["1", "2", "3"], ["1", "2"], ["3"]]
+    for run, steps in ((whole, range(1, 7)), (broken, range(1, 4)), (resumed, range(4, 7))):
+        assert followed(run) == pytest.approx({step: run.losses[step] for step in steps}, abs=6e-4)
+        assert "WARNING" not in run.output and len(run.output.splitlines()) < 40, run.output
+        assert f"saved iteration {max(steps)} in " in run.output
+        assert "model: 121 k parameters, 107 k active for a token (experts 24.6 k, " in run.output
+        assert "data: 3 sets of samples (" in run.output and "ETA" in run.output
+    assert "checkpoint: none, random weights" in whole.output
+    assert "checkpoint: iteration 3, 12 rows trained" in resumed.output and "finished: 6 steps" in resumed.output
+    for line in ("--- arguments ---", "iteration        2/       6", "Overwriting old incomplete"):
+        assert line in whole.log and line not in whole.output
     assert read_sample_log(resumed.run.samples) == read_sample_log(whole.run.samples)
     assert resumed.losses.keys() == whole.losses.keys()
     for iteration, loss in whole.losses.items():
@@ -88,7 +107,7 @@ def test_resuming_on_fewer_ranks_trains_the_very_next_samples(corpus, tmp_path):
 
 # Every source of randomness in a step, layers of multi-token prediction, and evaluations between the steps.
 NOISY = (
-    *("--eval-interval", "2"),
+    *("--eval-interval", "2", "--verbose"),
     *("--hidden-dropout", "0.1", "--attention-dropout", "0.1", "--moe-input-jitter-eps", "0.01"),
     *("--hybrid-layer-pattern", "*E*E/*E", "--mtp-num-layers", "1"),
 )

@@ -61,7 +61,7 @@ def start(corpus, tmp_path):
     ("launcher", "stop", "name"), [([], signal.SIGHUP, "SIGHUP"), ([*TORCHRUN, "1"], signal.SIGINT, "Ctrl-C")]
 )
 def test_a_signal_saves_and_ends_with_one_line(start, tmp_path, launcher, stop, name):
-    process = start(*launcher, until=f" {2:>8}/")
+    process = start(*launcher, until="step 2/")
     os.killpg(process.pid, stop)  # as a terminal does: it reaches torchrun, which starts its ranks in other groups
     output = process.communicate(timeout=120)[0]
     assert output.count(f"{name}: {NOTICE}") == 1
@@ -69,13 +69,16 @@ def test_a_signal_saves_and_ends_with_one_line(start, tmp_path, launcher, stop, 
     run = Run(tmp_path / "run")
     last = runlog.read_events(run)[-1]
     assert last["event"] == "exit" and last["iteration"] == runlog.read_metrics(run)[-1]["iteration"]
-    assert checkpoints.newest_sealed(run.checkpoints) == last["iteration"]
+    saved = checkpoints.newest_sealed(run.checkpoints)
+    assert saved == last["iteration"]
+    assert f"saved iteration {saved} in " in output and f"ended at step {saved} of 100000" in output
     assert launcher or process.returncode == 0
 
 
 def test_a_second_ctrl_c_kills_every_process_at_once(start, tmp_path):
     # A step of an hour: nothing else can end it.
-    process = start(*TORCHRUN, "2", until="start of training step", flags=("--global-batch-size", "400000"))
+    flags = ("--global-batch-size", "400000", "--verbose")
+    process = start(*TORCHRUN, "2", until="start of training step", flags=flags)
     time.sleep(2)
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(2)

@@ -112,6 +112,7 @@ def test_command_accepts_the_demo():
     ("flags", "code", "message"),
     [
         (["--config", DEMO, "--anyexperts-k-min", "5", "--ranks", "1"], 1, "anyexperts_k_min=5"),
+        (["--config", DEMO, "--ranks", "48"], 1, "use one of 1, 2, 4"),
         (["--config", DEMO, "--expert-model-parallel-size", "3"], 1, "as a job of 3 rank(s)"),
         (["--config", "nowhere.yaml"], 2, "cannot find the configuration nowhere.yaml"),
     ],

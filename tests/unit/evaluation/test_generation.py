@@ -6,11 +6,20 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_anyexperts.commands.generate import why_empty
 from megatron_anyexperts.data.microbatch import LOGIT_INPUTS, collate
 from megatron_anyexperts.data.packing import assemble_row
 from megatron_anyexperts.data.samples import Media, SampleError
 from megatron_anyexperts.evaluation.answers import AnswerScorer, Question
-from megatron_anyexperts.evaluation.generation import decode, generate, media_file, prompt_document
+from megatron_anyexperts.evaluation.generation import (
+    STOPS,
+    Generated,
+    GeneratedToken,
+    decode,
+    generate,
+    media_file,
+    prompt_document,
+)
 from megatron_anyexperts.moe.metrics import record_tokens
 from tests.feed.corpus import image_bytes, wav_bytes
 from tests.unit.models.small import SHAPE
@@ -81,6 +90,23 @@ def test_every_read_token_has_its_slots(encoder, model):
     assert all(1 <= part.slots <= 3 for part in generated.prompt)
     assert [part.slots is None for part in generated.answer] == [False] * (NEW - 1) + [True]
     assert generated.text == encoder.vocabulary.decode([part.token for part in generated.answer])
+
+
+def test_an_answer_without_text_says_why():
+    blank = GeneratedToken(7, "", None)
+    assert "the first token was <|im_end|>" in why_empty(Generated([], [], "", "<|im_end|>"))
+    assert "none of its 1 tokens is text" in why_empty(Generated([], [blank], "", "<|im_end|>"))
+    assert "--max-new-tokens" in why_empty(Generated([], [], ""))
+
+
+def test_an_answer_names_the_token_that_ended_it(encoder, model):
+    ends = {name: encoder.vocabulary.special[name] for name in STOPS}
+    for seed in range(100):
+        generated = generate(model, encoder, prompts()[0], NEW, temperature=50.0, seed=seed)
+        assert len(generated.answer) == NEW if generated.stop is None else generated.stop in ends
+        if generated.stop:
+            return
+    raise AssertionError("no seed ended an answer")
 
 
 def test_sampling_repeats_with_its_seed_only(encoder, model):
