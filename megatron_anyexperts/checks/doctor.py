@@ -228,6 +228,7 @@ def refused_by_training(args: argparse.Namespace, ranks: int | None, complete: b
 
     from megatron_anyexperts.training.arguments import refuse_size
     from megatron_anyexperts.training.pretrain import DEFAULTS, check
+    from megatron_anyexperts.training.usage import reason
 
     args.world_size = ranks or least_ranks(args)
     try:
@@ -236,7 +237,7 @@ def refused_by_training(args: argparse.Namespace, ranks: int | None, complete: b
             validate_args(args, dict(DEFAULTS))
             check(args)
     except (ValueError, AssertionError) as error:
-        return f"as a job of {args.world_size} rank(s): {str(error) or repr(error)}"
+        return f"as a job of {args.world_size} rank(s): {reason(error)}"
     return None
 
 

@@ -19,6 +19,7 @@ from megatron_anyexperts.training.comparison import RunSettings
 from megatron_anyexperts.training.pretrain import DEFAULTS, check, model_provider, transformer_config
 from megatron_anyexperts.training.resume import CheckpointError, check_foreign
 from megatron_anyexperts.training.run_config import TRAINING_ONLY
+from megatron_anyexperts.training.usage import reason
 
 
 def start(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> argparse.Namespace:
@@ -40,7 +41,7 @@ def start(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> argparse.Na
         args = parse(cli, defaults, drop=TRAINING_ONLY)
         check(args)
     except (ValueError, AssertionError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(reason(error)) from error
     console.begin(args.verbose)
     from megatron.training.initialize import initialize_megatron
 

@@ -31,6 +31,7 @@ from megatron_anyexperts.survival.signals import live_with_parent
 from megatron_anyexperts.survival.signing import signing_key
 from megatron_anyexperts.training import run_config
 from megatron_anyexperts.training.arguments import UsageError, be_a_rank, parse, switches
+from megatron_anyexperts.training.usage import reason
 
 if TYPE_CHECKING:
     from megatron_anyexperts.training.comparison import RunSettings
@@ -155,7 +156,7 @@ def prepare(
         settings = RunSettings(args, transformer_config(args))
         settings.foresee(args)
     except (ValueError, AssertionError, DataFeedError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(reason(error)) from error
     return args, settings
 
 
