@@ -76,7 +76,8 @@ TABLE: tuple[tuple[Kind, str, str], ...] = (
     # ---- dials
     (Kind.DIALS, "slots of a token and how they are steered",
      """moe_router_topk anyexperts_k_min anyexperts_k_max anyexperts_rho_max anyexperts_target_slots
-     anyexperts_target_real anyexperts_slot_rate anyexperts_slot_gradient anyexperts_budget_slack
+     anyexperts_target_real anyexperts_slot_rate anyexperts_slot_gradient anyexperts_importance_gradient
+     anyexperts_budget_slack
      anyexperts_virtual_bias_rate anyexperts_expert_bias_update moe_router_bias_update_rate
      moe_router_quantile_balancing_ema moe_router_load_balancing_type"""),
     (Kind.DIALS, "caps on what an expert receives",
