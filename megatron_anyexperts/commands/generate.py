@@ -32,7 +32,7 @@ def show(generated, as_json: bool) -> None:
     if as_json:
         say(json.dumps(asdict(generated)))
         return
-    say(f"answer: {generated.text or why_empty(generated)}")
+    say(f"answer: {generated.text if generated.text.strip() else why_empty(generated)}")
     say("slots per token:")
     for name, tokens in (("prompt", generated.prompt), ("answer", generated.answer)):
         words = [f"{token.text!r} {'-' if token.slots is None else f'{token.slots:.2f}'}" for token in tokens]
