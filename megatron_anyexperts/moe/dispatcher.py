@@ -29,6 +29,7 @@ from megatron.core.transformer.moe.moe_utils import (
 from torch import Tensor
 
 from megatron_anyexperts.moe.decision import RoutingDecision
+from megatron_anyexperts.moe.host_copy import HostCopy
 from megatron_anyexperts.moe.quotas import DispatchPlan, plan_dispatch, share_wanted, slot_cap
 from megatron_anyexperts.moe.reroute import FittedSlots, fit_to_plan, place, wanted, with_gates
 
@@ -155,11 +156,14 @@ class SlotDispatcher:
             gates_TE, map_TE, displaced_gate_T = fitted.gates_TE, fitted.routing_map_TE, fitted.displaced_gate_T
             displaced = demanded_P.sum() - counts_SE.sum()
         received_E = counts_SE.sum(0)
-        load = LoadReport(demanded_P, received_E.view(self.ep_size, -1).sum(1), received_E, rerouted, displaced, cap)
         if self.align:
             gates_TE, map_TE, counts_SE = self._pad(gates_TE, map_TE, counts_SE)
+        copy = HostCopy(torch.cat((counts_SE[self.source], self._chunks(counts_SE).ravel())))
+        load = LoadReport(demanded_P, received_E.view(self.ep_size, -1).sum(1), received_E, rerouted, displaced, cap)
 
-        input_splits, chunks_XPL = self._counts_on_host(counts_SE)
+        sent_E, chunks = copy.wait().split((counts_SE.shape[1], self.tp_size * counts_SE.shape[1]))
+        input_splits = sent_E.view(self.ep_size, -1).sum(1).tolist()
+        chunks_XPL = chunks.view(self.tp_size, self.ep_size, -1)
         output_splits = chunks_XPL[self.tp_rank].sum(1).tolist()
         tp_splits = chunks_XPL.sum((1, 2)).tolist()
         fused = self.config.moe_permute_fusion
@@ -227,13 +231,6 @@ class SlotDispatcher:
         """[X, P, L]: slots for each local expert, in the order in which the chunks arrive."""
         return counts_SE[:, self.local].reshape(self.ep_size, self.tp_size, -1).transpose(0, 1)
 
-    def _counts_on_host(self, counts_SE: Tensor) -> tuple[list[int], Tensor]:
-        """Slots this source sends to each rank, and chunks [X, P, L] it receives: one copy, one synchronisation."""
-        sent = counts_SE[self.source]
-        packed = torch.cat([sent, self._chunks(counts_SE).ravel()]).cpu()
-        input_splits = packed[: sent.numel()].view(self.ep_size, -1).sum(1).tolist()
-        return input_splits, packed[sent.numel() :].view(self.tp_size, self.ep_size, -1)
-
     def _pad(self, gates_TE: Tensor, map_TE: Tensor, counts_SE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Fill each expert's slots up to the alignment of the quantised GEMM, with gate 0."""
         align = self.align
@@ -253,7 +250,9 @@ class SlotDispatcher:
             return permute(hidden_TH, map_TE, probs=gates_TE, num_out_tokens=slots, fused=True)[:3]
         # The stock unfused path sorts all T x E flags; the number of slots is known here, so finding them is enough.
         expert_N, token_N = torch.nonzero_static(map_TE.T, size=slots).unbind(1)
-        return hidden_TH.index_select(0, token_N), gates_TE[token_N, expert_N], token_N
+        # Flat, because the backward of an index of two tensors sorts them on a GPU.
+        place_N = torch.add(expert_N, token_N, alpha=map_TE.shape[1])
+        return hidden_TH.index_select(0, token_N), gates_TE.reshape(-1).gather(0, place_N), token_N
 
     def _gather_tp(self, x: Tensor, tp_splits: list[int]) -> Tensor:
         # An uneven all-gather written as an all-to-all: the same traffic, and gloo can do it too.
