@@ -8,10 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_anyexperts.host_sizes import HostSizes
+
 ALIGNMENT = 16
 """Bytes; at least the largest item of a field."""
 
 MOST_AXES = 2
+
+_HEADER = 2048
+"""Numbers of the first message of `broadcast`: room for the sizes of any ordinary row."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,11 @@ class Microbatch(Mapping[str, torch.Tensor]):
         buffer: uint8 [bytes]; each field starts at a multiple of `ALIGNMENT`.
         shapes: of the fields, in order.
         sample_keys: keys of the samples of each of B rows.
+        sizes: what the host needs to know of the tensors.
     """
 
-    def __init__(self, buffer: torch.Tensor, shapes: Shapes, sample_keys: list[list[str]]) -> None:
-        self.buffer, self.shapes, self.sample_keys = buffer, shapes, sample_keys
+    def __init__(self, buffer: torch.Tensor, shapes: Shapes, sample_keys: list[list[str]], sizes: HostSizes) -> None:
+        self.buffer, self.shapes, self.sample_keys, self.sizes = buffer, shapes, sample_keys, sizes
         self._spans = dict(zip(FIELDS, _spans(shapes), strict=True))
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -81,13 +87,13 @@ class Microbatch(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(FIELDS)
 
-    def select(self, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """Some of the tensors."""
-        return {name: self[name] for name in names}
+    def select(self, names: tuple[str, ...]) -> dict[str, torch.Tensor | HostSizes]:
+        """Some of the tensors, and `sizes`: arguments of `MultimodalModel`."""
+        return {name: self[name] for name in names} | {"sizes": self.sizes}
 
     def to(self, device: torch.device) -> "Microbatch":
         """On another device, by one copy, which does not wait if the buffer is pinned."""
-        return Microbatch(self.buffer.to(device, non_blocking=True), self.shapes, self.sample_keys)
+        return Microbatch(self.buffer.to(device, non_blocking=True), self.shapes, self.sample_keys, self.sizes)
 
 
 def _spans(shapes: Shapes) -> list[tuple[int, int, tuple[int, ...]]]:
@@ -120,7 +126,9 @@ def pack(rows: list[dict[str, np.ndarray]], keys: list[list[str]]) -> dict[str, 
     for (name, array), (start, stop, _) in zip(arrays.items(), spans, strict=True):
         assert array.dtype == FIELDS[name].numpy, f"{name} is {array.dtype}"
         buffer[start:stop] = array.reshape(-1).view(np.uint8)
-    return {"buffer": torch.from_numpy(buffer), "shapes": shapes, "sample_keys": keys}
+    counted = ("segment_ids", "token_modality", "image_grids", "audio_lengths")
+    sizes = HostSizes.of(*(arrays[name] for name in counted))
+    return {"buffer": torch.from_numpy(buffer), "shapes": shapes, "sample_keys": keys, "sizes": sizes}
 
 
 def collate(rows: list[dict[str, np.ndarray]], keys: list[list[str]]) -> Microbatch:
@@ -131,7 +139,9 @@ def collate(rows: list[dict[str, np.ndarray]], keys: list[list[str]]) -> Microba
 def broadcast(
     batch: Microbatch | None, device: torch.device, source: int, group: torch.distributed.ProcessGroup
 ) -> Microbatch:
-    """Send a microbatch from one rank to its group: a message of shapes, then one of all tensors.
+    """Send a microbatch from one rank to its group: a message of shapes and sizes, then one of all tensors.
+
+    A receiver waits for the first one only: it has the shapes of the second.
 
     Args:
         batch: on `device` at the source; None on the other ranks.
@@ -142,13 +152,40 @@ def broadcast(
     Returns:
         The microbatch; without sample keys where it was received.
     """
-    header = torch.full((len(FIELDS), MOST_AXES), -1, dtype=torch.int64)
-    for row, shape in enumerate(batch.shapes if batch else ()):
-        header[row, : len(shape)] = torch.tensor(shape)
-    header = header.to(device)
+    numbers = header_of(batch) if batch else []
+    header = _padded(numbers, _HEADER).to(device, non_blocking=True)
     torch.distributed.broadcast(header, source, group=group)
     if batch is None:
-        shapes = tuple(tuple(length for length in shape if length >= 0) for shape in header.tolist())
-        batch = Microbatch(torch.empty(_spans(shapes)[-1][1], dtype=torch.uint8, device=device), shapes, [])
+        numbers = header.tolist()
+    if (length := numbers[0]) > _HEADER:
+        header = _padded(numbers, length).to(device, non_blocking=True)
+        torch.distributed.broadcast(header, source, group=group)
+        numbers = header.tolist() if batch is None else numbers
+    if batch is None:
+        batch = empty_microbatch(numbers, device)
     torch.distributed.broadcast(batch.buffer, source, group=group)
     return batch
+
+
+def header_of(batch: Microbatch) -> list[int]:
+    """Its own length, the shapes (-1 where a field has fewer axes), the sizes."""
+    shapes = [length for shape in batch.shapes for length in (*shape, *[-1] * (MOST_AXES - len(shape)))]
+    numbers = [*shapes, *batch.sizes.to_list()]
+    return [1 + len(numbers), *numbers]
+
+
+def _padded(numbers: list[int], length: int) -> torch.Tensor:
+    """int64 [length], in pinned memory where there is a GPU."""
+    padded = torch.zeros(length, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+    taken = numbers[:length]
+    padded[: len(taken)] = torch.tensor(taken, dtype=torch.int64)
+    return padded
+
+
+def empty_microbatch(numbers: list[int], device: torch.device) -> Microbatch:
+    """An empty microbatch of the shapes and sizes of a header."""
+    end = 1 + len(FIELDS) * MOST_AXES
+    axes = [numbers[start : start + MOST_AXES] for start in range(1, end, MOST_AXES)]
+    shapes = tuple(tuple(length for length in shape if length >= 0) for shape in axes)
+    buffer = torch.empty(_spans(shapes)[-1][1], dtype=torch.uint8, device=device)
+    return Microbatch(buffer, shapes, [], HostSizes.from_list(numbers[end:]))

@@ -88,7 +88,7 @@ def held_out_losses(args: argparse.Namespace, model: torch.nn.Module, microbatch
             losses_BS = forward(model, batch)
         # The last step may begin to repeat the set.
         start = (step * ranks + mpu.get_data_parallel_rank()) * rows
-        new = Microbatch(batch.buffer, batch.shapes, batch.sample_keys[: max(0, loader.rows - start)])
+        new = Microbatch(batch.buffer, batch.shapes, batch.sample_keys[: max(0, loader.rows - start)], batch.sizes)
         found += document_losses(new, losses_BS)
     everything: list[list[DocumentLoss]] = [[]] * ranks
     torch.distributed.all_gather_object(everything, found, group=mpu.get_data_parallel_group())

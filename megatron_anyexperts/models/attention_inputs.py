@@ -1,10 +1,15 @@
 """Turns the documents of packed rows into what attention needs to keep them apart."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+from megatron_anyexperts.host_sizes import HostSizes
+from megatron_anyexperts.models.to_device import to_device
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,9 @@ class AttentionInputs:
     """Document borders for variable-length kernels (`transformer_engine`)."""
 
 
-def attention_inputs(segment_ids_BS: Tensor, transformer_engine: bool) -> AttentionInputs:
+def attention_inputs(
+    segment_ids_BS: Tensor, transformer_engine: bool, documents: Sequence[Sequence[int]] | None = None
+) -> AttentionInputs:
     """Causal attention inside each document, none across documents.
 
     Rotary embeddings need no positions that restart: they make a score depend on the distance of two tokens only,
@@ -26,12 +33,13 @@ def attention_inputs(segment_ids_BS: Tensor, transformer_engine: bool) -> Attent
     Args:
         segment_ids_BS: int [B, S]; equal numbers in a row are one document, 0 is padding. Documents are contiguous.
         transformer_engine: describe them as packed sequences instead of a mask.
+        documents: `HostSizes.documents`; None: counted here, for which a GPU is waited for.
 
     Raises:
         ValueError: packed sequences with B > 1.
     """
     if transformer_engine:
-        return AttentionInputs(packed_seq_params=packed_documents(segment_ids_BS))
+        return AttentionInputs(packed_seq_params=packed_documents(segment_ids_BS, documents))
     return AttentionInputs(attention_mask=document_mask(segment_ids_BS))
 
 
@@ -46,8 +54,8 @@ def document_mask(segment_ids_BS: Tensor) -> Tensor:
     return other | later
 
 
-def packed_documents(segment_ids_BS: Tensor) -> PackedSeqParams:
-    """Cumulative lengths of the documents of one packed row.
+def packed_documents(segment_ids_BS: Tensor, documents: Sequence[Sequence[int]] | None = None) -> PackedSeqParams:
+    """Cumulative lengths of the documents of one packed row; see `attention_inputs`.
 
     Raises:
         ValueError: B > 1.
@@ -57,14 +65,15 @@ def packed_documents(segment_ids_BS: Tensor) -> PackedSeqParams:
             f"micro_batch_size={segment_ids_BS.size(0)}: Transformer Engine attends to packed sequences in one row; "
             "use --micro-batch-size 1 and a longer --seq-length"
         )
-    lengths = torch.unique_consecutive(segment_ids_BS[0], return_counts=True)[1]
-    return packed_lengths(lengths)
+    if documents is None:
+        documents = HostSizes.of(segment_ids_BS.cpu().numpy()).documents
+    return packed_lengths(documents[0], segment_ids_BS.device)
 
 
-def packed_lengths(lengths_N: Tensor) -> PackedSeqParams:
+def packed_lengths(lengths: Sequence[int], device: torch.device) -> PackedSeqParams:
     """Sequences of the given lengths, one behind the other."""
-    borders = torch.nn.functional.pad(lengths_N.cumsum(0), (1, 0)).to(torch.int32)
-    longest = int(lengths_N.max())
+    borders = to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
+    longest = max(lengths)
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=borders,

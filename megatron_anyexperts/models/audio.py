@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.functional import conv1d, gelu
 
 from megatron_anyexperts.media import MediaShape
-from megatron_anyexperts.models.encoder import FourierPositions, PackedTransformer, pad_sequences, plain_linear
+from megatron_anyexperts.models.encoder import FourierPositions, PackedTransformer, SideBySide, plain_linear
 from megatron_anyexperts.models.specs import build_projector
+from megatron_anyexperts.models.to_device import to_device
 
 
 class ConvFrontEnd(torch.nn.Module):
@@ -29,11 +30,10 @@ class ConvFrontEnd(torch.nn.Module):
     def forward(self, mels_FC: Tensor, lengths: Sequence[int]) -> tuple[Tensor, list[int]]:
         """Halve the frame rate: [F, n_mels] with `lengths` -> [F', H] with ceil(length / 2) each."""
         halved = [-(-length // 2) for length in lengths]
-        x_MLC, real_ML = pad_sequences(mels_FC, lengths, multiple=2)
-        x_MLH = gelu(self._convolve(x_MLC, self.conv1.weight, stride=1)) * real_ML.unsqueeze(-1)
+        side = SideBySide.of(lengths, mels_FC.device, multiple=2)
+        x_MLH = gelu(self._convolve(side.pad(mels_FC), self.conv1.weight, stride=1)) * side.real().unsqueeze(-1)
         x_MLH = gelu(self._convolve(x_MLH, self.conv2.weight, stride=2))
-        steps = torch.arange(x_MLH.size(1), device=x_MLH.device)
-        return x_MLH[steps < torch.tensor(halved, device=x_MLH.device)[:, None]], halved
+        return SideBySide.of(halved, mels_FC.device).unpad(x_MLH), halved
 
     def _convolve(self, x_MLC: Tensor, weight_HK: Tensor, stride: int) -> Tensor:
         kernel = weight_HK.view(self.hidden_size, -1, 3)
@@ -70,12 +70,12 @@ class AudioEncoder(MegatronModule):
         merged = shape.audio_merge * config.hidden_size
         self.projector = build_projector(config, merged, output_size, pg_collection)
 
-    def forward(self, mels_FC: Tensor, lengths_M: Tensor) -> Tensor:
+    def forward(self, mels_FC: Tensor, lengths: Sequence[int]) -> Tensor:
         """Encode.
 
         Args:
             mels_FC: float [F, n_mels], the frames of all clips, one clip behind the other.
-            lengths_M: int [M] frames of each clip, M at least 1; best on the CPU, since sizes are read from it.
+            lengths: frames of each clip, at least one.
 
         Returns:
             [tokens, H], `MediaShape.audio_token_count(length)` rows for each clip, in order.
@@ -83,21 +83,21 @@ class AudioEncoder(MegatronModule):
         Raises:
             ValueError: the lengths do not add up to the frames, or a clip is empty.
         """
-        lengths = lengths_M.tolist()
         if sum(lengths) != mels_FC.size(0) or min(lengths) < 1:
             raise ValueError(
-                f"audio_lengths {lengths} (sum {sum(lengths)}) must be positive and add up to the "
+                f"audio_lengths {list(lengths)} (sum {sum(lengths)}) must be positive and add up to the "
                 f"{mels_FC.size(0)} frames of audio_features"
             )
         x_PH, halved = self.front_end(mels_FC.to(self.front_end.conv1.weight.dtype), lengths)
-        steps_P1 = torch.cat([torch.arange(length, device=x_PH.device) for length in halved]).unsqueeze(1)
-        x_PH = self.transformer(x_PH + self.positions(steps_P1), halved)
-        x_MLH, real_ML = pad_sequences(x_PH, halved, multiple=self.shape.audio_merge)
+        steps_P = torch.cat([torch.arange(length) for length in halved])
+        x_PH = self.transformer(x_PH + self.positions(to_device(steps_P, x_PH.device).unsqueeze(1)), halved)
+        merge = self.shape.audio_merge
         # A token is real when its first position is; zeros fill up the last token of a clip.
-        real_MT = real_ML[:, :: self.shape.audio_merge]
-        tokens_TH = x_MLH.reshape(*real_MT.shape, -1)[real_MT]
+        x_MLH = SideBySide.of(halved, x_PH.device, multiple=merge).pad(x_PH)
+        side = SideBySide.of([-(-length // merge) for length in halved], x_PH.device)
+        tokens_TH = side.unpad(x_MLH.reshape(len(halved), side.length, -1))
         return self.projector(tokens_TH.unsqueeze(1))[0].squeeze(1)
 
-    def smallest_input(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def smallest_input(self, device: torch.device) -> tuple[Tensor, list[int]]:
         """A silent clip of one token, as arguments of `forward`."""
-        return torch.zeros(1, self.shape.n_mels, device=device), torch.tensor([1])
+        return torch.zeros(1, self.shape.n_mels, device=device), [1]

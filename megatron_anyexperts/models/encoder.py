@@ -1,7 +1,7 @@
 """What the vision and the audio encoder share: a transformer over packed sequences, and position features."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import torch
 from megatron.core.fp8_utils import get_fp8_align_size
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_anyexperts.models.attention_inputs import packed_lengths
 from megatron_anyexperts.models.specs import build_encoder_stack, uses_transformer_engine
+from megatron_anyexperts.models.to_device import to_device
 
 _FREQUENCIES = 16
 POSITION_FEATURES = 2 * _FREQUENCIES
@@ -83,26 +84,50 @@ class PackedTransformer(MegatronModule):
         if missing := -total % rows:
             lengths = [*lengths, missing]
             x_PH = torch.nn.functional.pad(x_PH, (0, 0, 0, missing))
-        borders = packed_lengths(torch.tensor(lengths, device=x_PH.device))
+        borders = packed_lengths(lengths, x_PH.device)
         return self.stack(x_PH.unsqueeze(1), None, packed_seq_params=borders).squeeze(1)[:total]
 
     def _padded(self, x_PH: Tensor, lengths: Sequence[int]) -> Tensor:
         """Sequences side by side: cheaper than one row with a mask, whose cost grows with the square of P."""
-        x_NLH, real_NL = pad_sequences(x_PH, lengths)
-        mask = None if real_NL.all() else ~real_NL[:, None, None, :]
-        return self.stack(x_NLH.transpose(0, 1).contiguous(), mask).transpose(0, 1)[real_NL]
+        side = SideBySide.of(lengths, x_PH.device)
+        mask = None if min(lengths) == max(lengths) else ~side.real()[:, None, None, :]
+        x_NLH = self.stack(side.pad(x_PH).transpose(0, 1).contiguous(), mask).transpose(0, 1)
+        return side.unpad(x_NLH)
 
 
-def pad_sequences(x_PC: Tensor, lengths: Sequence[int], multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """Lay sequences that follow one another side by side.
+@dataclass(frozen=True)
+class SideBySide:
+    """Sequences that follow one another, [P, C], laid side by side, [N, L, C], and back.
 
-    Returns:
-        x_NLC: [N, L, C], zero-padded; L is the longest length rounded up to a multiple of `multiple`.
-        real_NL: bool, false for padding.
+    Attributes:
+        rows, length: N; L, at least the longest length.
+        places_P: int64, where each position goes in N x L; known to the host, so that a GPU is not waited for.
     """
-    longest = -(-max(lengths) // multiple) * multiple
-    real_NL = torch.arange(longest, device=x_PC.device) < torch.tensor(lengths, device=x_PC.device)[:, None]
-    return x_PC.new_zeros(*real_NL.shape, x_PC.size(1)).masked_scatter(real_NL.unsqueeze(-1), x_PC), real_NL
+
+    rows: int
+    length: int
+    places_P: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device, multiple: int = 1) -> "SideBySide":
+        """Place sequences of the given lengths; L is the longest rounded up to a multiple of `multiple`."""
+        width = -(-max(lengths) // multiple) * multiple
+        places = torch.cat([torch.arange(length) + row * width for row, length in enumerate(lengths)])
+        return cls(len(lengths), width, to_device(places, device))
+
+    def pad(self, x_PC: Tensor) -> Tensor:
+        """[P, C] -> [N, L, C], zeros elsewhere."""
+        x_NLC = x_PC.new_zeros(self.rows * self.length, x_PC.size(1)).index_copy(0, self.places_P, x_PC)
+        return x_NLC.view(self.rows, self.length, -1)
+
+    def unpad(self, x_NLC: Tensor) -> Tensor:
+        """[N, L, C] -> [P, C]."""
+        return x_NLC.reshape(self.rows * self.length, -1).index_select(0, self.places_P)
+
+    def real(self) -> Tensor:
+        """bool [N, L], false for padding."""
+        real = torch.zeros(self.rows * self.length, dtype=torch.bool, device=self.places_P.device)
+        return real.index_fill_(0, self.places_P, True).view(self.rows, self.length)
 
 
 class FourierPositions(torch.nn.Module):

@@ -1,5 +1,7 @@
 """The multimodal model: a language model whose placeholder tokens are replaced by image, video and audio features."""
 
+import functools
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.inference.contexts import BaseInferenceContext
@@ -9,6 +11,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_anyexperts.host_sizes import HostSizes
 from megatron_anyexperts.media import AUDIO, VISION_CODES
 from megatron_anyexperts.models.attention_inputs import AttentionInputs, attention_inputs
 from megatron_anyexperts.models.audio import AudioEncoder
@@ -111,6 +114,7 @@ class MultimodalModel(MegatronModule):
         image_grids: Tensor | None = None,
         audio_features: Tensor | None = None,
         audio_lengths: Tensor | None = None,
+        sizes: HostSizes | None = None,
         inference_context: BaseInferenceContext | None = None,
         runtime_gather_output: bool | None = None,
     ) -> Tensor:
@@ -123,8 +127,11 @@ class MultimodalModel(MegatronModule):
             labels: int64 [B, S].
             loss_mask: float [B, S], needed by multi-token prediction, whose loss is taken inside.
             token_modality: int8 [B, S]: 1 image, 2 audio, 3 video placeholders; None for text only.
-            image_patches, image_grids: see `VisionEncoder.forward`; may be empty or None.
-            audio_features, audio_lengths: see `AudioEncoder.forward`; may be empty or None.
+            image_patches: see `VisionEncoder.forward`; may be empty or None.
+            image_grids: int [N, 3] patch grids (t, h, w); may be empty or None.
+            audio_features: see `AudioEncoder.forward`; may be empty or None.
+            audio_lengths: int [M] frames of each clip; may be empty or None.
+            sizes: of these inputs; None: counted here, for which a GPU is waited for.
             inference_context: cache of keys and values for decoding.
             runtime_gather_output: gather the logits of all tensor-parallel ranks.
 
@@ -134,18 +141,22 @@ class MultimodalModel(MegatronModule):
         Raises:
             ValueError: placeholders and features differ in number, or there is no encoder for the input.
         """
+        if sizes is None:
+            counted = (segment_ids, token_modality, image_grids, audio_lengths)
+            sizes = HostSizes.of(*(None if each is None else each.cpu().numpy() for each in counted))
         decoder_input = None
         if self.pre_process:
             modality = torch.zeros_like(tokens, dtype=torch.int8) if token_modality is None else token_modality
+            vision, audio = sizes.placeholders
             features = [
-                _encode("vision", self.vision, modality, VISION_CODES, image_patches, image_grids),
-                _encode("audio", self.audio, modality, (AUDIO,), audio_features, audio_lengths),
+                _encode("vision", self.vision, modality, VISION_CODES, image_patches, sizes.grids, vision),
+                _encode("audio", self.audio, modality, (AUDIO,), audio_features, sizes.clips, audio),
             ]
             embedded = self.language_model.embedding(input_ids=tokens, position_ids=position_ids)
             decoder_input = self._fill(embedded, [found for found in features if found is not None])
         attention, self._padding_mask_BS = AttentionInputs(), None
         if segment_ids is not None:
-            attention = attention_inputs(segment_ids, self.transformer_engine)
+            attention = attention_inputs(segment_ids, self.transformer_engine, sizes.documents)
             self._padding_mask_BS = self._padding_mask(segment_ids, loss_mask)
             if loss_mask is not None and attention.packed_seq_params is None:
                 loss_mask = within_documents(loss_mask, segment_ids)
@@ -189,12 +200,15 @@ class MultimodalModel(MegatronModule):
         """Replace embeddings by features: pairs of where, bool [B, S], and what, [placeholders, H]."""
         if not features:
             return embeddings_SBH
-        filled_BSH = features[0][1].new_zeros(*features[0][0].shape, embeddings_SBH.size(-1))
+        shape_BS = features[0][0].shape
+        filled_XH = features[0][1].new_zeros(shape_BS.numel(), embeddings_SBH.size(-1))
         is_placeholder_BS = torch.zeros_like(features[0][0])
         for is_kind_BS, features_TH in features:
-            filled_BSH = filled_BSH.masked_scatter(is_kind_BS.unsqueeze(-1), features_TH)
+            # As many places as features: with the number known a GPU is not waited for, nor in the backward pass.
+            places_T = torch.nonzero_static(is_kind_BS.flatten(), size=len(features_TH)).squeeze(1)
+            filled_XH = filled_XH.index_copy(0, places_T, features_TH)
             is_placeholder_BS = is_placeholder_BS | is_kind_BS
-        filled_SBH = filled_BSH.transpose(0, 1).contiguous()
+        filled_SBH = filled_XH.view(*shape_BS, -1).transpose(0, 1).contiguous()
         # Contiguous like the embeddings: what comes out is sent as it is to the next pipeline stage.
         is_placeholder_SB = is_placeholder_BS.transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
@@ -212,7 +226,8 @@ def _encode(
     modality_BS: Tensor,
     codes: tuple[int, ...],
     values: Tensor | None,
-    sizes: Tensor | None,
+    sizes: tuple,
+    placeholders: int,
 ) -> tuple[Tensor, Tensor] | None:
     """Where one kind of placeholder is, bool [B, S], and its features [placeholders, H]; None if there is nothing.
 
@@ -220,8 +235,8 @@ def _encode(
     gradient reduction waits for a gradient of every parameter in every microbatch, and delayed FP8 scaling for the same
     number of reductions on every rank.
     """
-    is_kind_BS = torch.isin(modality_BS, modality_BS.new_tensor(codes))
-    if sizes is not None and len(sizes):
+    is_kind_BS = functools.reduce(torch.logical_or, (modality_BS == code for code in codes))
+    if sizes:
         if encoder is None:
             raise ValueError(
                 f"the batch holds {len(sizes)} {name} inputs, but the model has no {name} encoder: "
@@ -232,7 +247,7 @@ def _encode(
         features_TH = encoder(*encoder.smallest_input(modality_BS.device))[:0]
     else:
         features_TH = None
-    placeholders, rows = int(is_kind_BS.sum()), 0 if features_TH is None else features_TH.size(0)
+    rows = 0 if features_TH is None else features_TH.size(0)
     if placeholders != rows:
         raise ValueError(
             f"{name}: the tokens hold {placeholders} placeholders, the encoder has features for {rows}; build the "

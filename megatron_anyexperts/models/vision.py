@@ -1,5 +1,7 @@
 """Vision encoder: a transformer over the patches of images and video frames in their native resolution."""
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -9,13 +11,14 @@ from torch import Tensor
 from megatron_anyexperts.media import MediaShape
 from megatron_anyexperts.models.encoder import FourierPositions, PackedTransformer, plain_linear
 from megatron_anyexperts.models.specs import build_projector
+from megatron_anyexperts.models.to_device import to_device
 
 
-def merged_layout(grids_N3: Tensor, merge: int) -> tuple[Tensor, Tensor, list[int]]:
+def merged_layout(grids: Sequence[Sequence[int]], merge: int) -> tuple[Tensor, Tensor, list[int]]:
     """Order in which the patches that become one token are neighbours.
 
     Args:
-        grids_N3: int [N, 3], the patch grid (t, h, w) of each image or video.
+        grids: the patch grid (t, h, w) of each image or video.
         merge: patches along each side of a token; divides h and w.
 
     Returns:
@@ -24,7 +27,7 @@ def merged_layout(grids_N3: Tensor, merge: int) -> tuple[Tensor, Tensor, list[in
         frame_lengths: patches of every frame, in order; attention stays inside a frame.
     """
     orders, positions, frame_lengths, start = [], [], [], 0
-    for t, h, w in grids_N3.tolist():
+    for t, h, w in grids:
         grid = torch.arange(t * h * w).view(t, h // merge, merge, w // merge, merge)
         order = grid.transpose(2, 3).flatten()
         orders.append(order + start)
@@ -66,12 +69,12 @@ class VisionEncoder(MegatronModule):
         merged = shape.spatial_merge**2 * config.hidden_size
         self.projector = build_projector(config, merged, output_size, pg_collection)
 
-    def forward(self, patches_PD: Tensor, grids_N3: Tensor) -> Tensor:
+    def forward(self, patches_PD: Tensor, grids: Sequence[Sequence[int]]) -> Tensor:
         """Encode.
 
         Args:
             patches_PD: float [P, 3 p p], row-major (t, h, w) patches of all images and videos, one behind the other.
-            grids_N3: int [N, 3] patch grids (t, h, w), N at least 1; best on the CPU, since sizes are read from it.
+            grids: patch grids (t, h, w), at least one.
 
         Returns:
             [tokens, H], in the order of the images, row-major (t, h / m, w / m) within each.
@@ -79,19 +82,19 @@ class VisionEncoder(MegatronModule):
         Raises:
             ValueError: the grids do not cover the patches, or are not a multiple of the merge.
         """
-        tokens = sum(self.shape.image_token_count(grid) for grid in grids_N3.tolist())
+        tokens = sum(self.shape.image_token_count(grid) for grid in grids)
         covered = tokens * self.shape.spatial_merge**2
         if covered != patches_PD.size(0):
             raise ValueError(f"image_grids describe {covered} patches, image_patches holds {patches_PD.size(0)}")
-        order_P, positions_P3, frame_lengths = merged_layout(grids_N3, self.shape.spatial_merge)
+        order_P, positions_P3, frame_lengths = merged_layout(grids, self.shape.spatial_merge)
         device = patches_PD.device
-        patches_PD = patches_PD[order_P.to(device)].to(self.embed.weight.dtype)
-        x_PH = self.embed(patches_PD) + self.positions(positions_P3.to(device))
+        patches_PD = patches_PD.index_select(0, to_device(order_P, device)).to(self.embed.weight.dtype)
+        x_PH = self.embed(patches_PD) + self.positions(to_device(positions_P3, device))
         x_PH = self.transformer(x_PH, frame_lengths)
         return self.projector(x_PH.reshape(tokens, 1, -1))[0].squeeze(1)
 
-    def smallest_input(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def smallest_input(self, device: torch.device) -> tuple[Tensor, list[tuple[int, int, int]]]:
         """A black image of one token, as arguments of `forward`."""
         merge = self.shape.spatial_merge
         patches = torch.zeros(merge * merge, self.shape.patch_values, device=device)
-        return patches, torch.tensor([[1, merge, merge]])
+        return patches, [(1, merge, merge)]

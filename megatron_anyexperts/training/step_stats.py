@@ -31,11 +31,10 @@ def modality_sums(losses: torch.Tensor, loss_mask: torch.Tensor, sample_modality
         [len(MODALITIES), 2] fp32: sum of losses, number of targets.
     """
     counted = (sample_modality >= 0) & (loss_mask > 0)
-    kinds = sample_modality[counted].long()
-    sums = losses.new_zeros(len(MODALITIES), 2, dtype=torch.float32)
-    sums[:, 0].index_add_(0, kinds, (losses.float() * loss_mask)[counted])
-    sums[:, 1].index_add_(0, kinds, loss_mask[counted].float())
-    return sums
+    # What does not count goes to one more row instead of being left out, for which the host would wait.
+    kinds = sample_modality.long().masked_fill(~counted, len(MODALITIES)).flatten()
+    values = torch.stack((losses.float() * loss_mask, loss_mask.float()), dim=-1).view(-1, 2)
+    return losses.new_zeros(len(MODALITIES) + 1, 2, dtype=torch.float32).index_add_(0, kinds, values)[:-1]
 
 
 class SampleLog:

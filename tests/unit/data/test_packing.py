@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_anyexperts.data.microbatch import FIELDS, Microbatch, collate, pack
+from megatron_anyexperts.data.microbatch import FIELDS, Microbatch, collate, empty_microbatch, header_of, pack
 from megatron_anyexperts.data.packing import assemble_row, pack_rows, row_order
 from megatron_anyexperts.data.samples import Planned
+from megatron_anyexperts.host_sizes import HostSizes
 from megatron_anyexperts.media import MediaShape
 
 SHAPE = MediaShape(patch_size=2, spatial_merge=1, n_mels=4, audio_stride=2)
@@ -117,3 +118,13 @@ def test_a_microbatch_survives_the_journey_in_one_buffer():
         for name, field in FIELDS.items():
             expected = torch.from_numpy(rows[0][name] if field.ragged else rows[0][name][None])
             assert torch.equal(received[name], expected) and received[name].dtype == field.dtype, name
+        assert received.sizes == HostSizes.of(
+            *(received[name].numpy() for name in ("segment_ids", "token_modality", "image_grids", "audio_lengths"))
+        )
+
+
+def test_a_header_describes_the_microbatch_that_follows_it():
+    video = sample("a", 9, frames=[np.full((2, 12), 1.0, np.float32)], grids=[(1, 1, 2)])
+    batch = collate([assemble_row([video, sample("b", 3)], 16, SHAPE, pad_id=0)] * 2, [["a", "b"]] * 2)
+    empty = empty_microbatch(header_of(batch), torch.device("cpu"))
+    assert (empty.shapes, empty.sizes, empty.buffer.shape) == (batch.shapes, batch.sizes, batch.buffer.shape)

@@ -7,9 +7,9 @@ from megatron_anyexperts.models.encoder import encoder_config
 from megatron_anyexperts.models.vision import merged_layout
 from tests.unit.models.small import HIDDEN, SHAPE, small_config
 
-GRIDS = torch.tensor([[1, 2, 4], [3, 4, 2], [1, 2, 2]])
+GRIDS = [(1, 2, 4), (3, 4, 2), (1, 2, 2)]
 TOKENS = [2, 6, 1]
-CLIPS = torch.tensor([9, 1, 4, 6])
+CLIPS = [9, 1, 4, 6]
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ grid = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
 @settings(max_examples=40)
 def test_layout_is_a_permutation_that_brings_merged_patches_together(grids, merge):
     grids = [(t, h * merge, w * merge) for t, h, w in grids]
-    order, positions, frame_lengths = merged_layout(torch.tensor(grids), merge)
+    order, positions, frame_lengths = merged_layout(grids, merge)
     assert sorted(order.tolist()) == list(range(len(order)))
     assert frame_lengths == [h * w for t, h, w in grids for _ in range(t)]
     for group in positions.view(-1, merge * merge, 3):
@@ -48,15 +48,15 @@ def test_vision_returns_a_row_per_token(model):
 
 def test_images_encode_alike_alone_and_together(model):
     together = model.vision(patches(36), GRIDS).split(TOKENS)
-    parts = patches(36).split((GRIDS.prod(1)).tolist())
+    parts = patches(36).split([t * h * w for t, h, w in GRIDS])
     for image, part, grid in zip(together, parts, GRIDS, strict=True):
-        torch.testing.assert_close(image, model.vision(part, grid[None]))
+        torch.testing.assert_close(image, model.vision(part, [grid]))
 
 
 def test_a_frame_does_not_see_the_other_frames_of_its_video(model):
     changed = patches(24)
     changed[8:16] += 1
-    video = torch.tensor([[3, 4, 2]])
+    video = [(3, 4, 2)]
     before, after = (model.vision(values, video).view(3, 2, HIDDEN) for values in (patches(24), changed))
     torch.testing.assert_close(before[[0, 2]], after[[0, 2]])
     assert (before[1] - after[1]).abs().max() > 1e-3
@@ -64,7 +64,7 @@ def test_a_frame_does_not_see_the_other_frames_of_its_video(model):
 
 def test_vision_tells_positions_and_frames_apart(model):
     same = patches(1).expand(16, -1)
-    first, second = model.vision(same, torch.tensor([[2, 2, 4]])).view(2, 2, HIDDEN)
+    first, second = model.vision(same, [(2, 2, 4)]).view(2, 2, HIDDEN)
     assert (first[0] - first[1]).abs().max() > 1e-4
     assert (first[0] - second[0]).abs().max() > 1e-4
 
@@ -102,7 +102,7 @@ def test_audio_names_the_counts_that_disagree(model):
 @pytest.mark.parametrize("lengths", [[4, 0], [5, -1]])
 def test_empty_clips_are_refused(model, lengths):
     with pytest.raises(ValueError, match="must be positive"):
-        model.audio(frames(4), torch.tensor(lengths))
+        model.audio(frames(4), lengths)
 
 
 def test_heads_that_do_not_divide_are_refused():

@@ -48,8 +48,8 @@ def test_features_land_on_their_placeholders_in_order(make_model):
     model(**batch)
     hook.remove()
     decoder_input = seen["hidden_states"][:, 0]
-    images = model.vision(batch["image_patches"], batch["image_grids"])
-    clips = model.audio(batch["audio_features"], batch["audio_lengths"])
+    images = model.vision(batch["image_patches"], batch["image_grids"].tolist())
+    clips = model.audio(batch["audio_features"], batch["audio_lengths"].tolist())
     torch.testing.assert_close(decoder_input[[1, 2, 7, 8]], images)
     torch.testing.assert_close(decoder_input[[5, 6]], clips)
     text = [0, 3, 4, 9, 10, 11]
