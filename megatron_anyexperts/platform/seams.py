@@ -114,6 +114,11 @@ SEAMS = (
         "tests/unit/platform/test_torch_checkpoint.py",
     ),
     Seam(
+        "megatron.core.transformer.multi_token_prediction", "_roll_tensor_packed_seq", REPLACED,
+        "platform/packed_rows.py", "it waits for the GPU four times for each document of a row, in each of four rolls",
+        "tests/unit/platform/test_packed_rows.py",
+    ),
+    Seam(
         "megatron.energon", "BlendDataset.__iter__", OBJECT, "data/scheduled_blend.py",
         "weights that change at declared steps", "tests/feed/test_mixture_schedule.py",
     ),

@@ -259,6 +259,7 @@ def _run_megatron(
 
     from megatron_anyexperts.media import MediaShape
     from megatron_anyexperts.platform import megatron as upstream
+    from megatron_anyexperts.platform import packed_rows
     from megatron_anyexperts.training import curves, evaluations, learning_rates, metrics, opening, schedule, stopping
     from megatron_anyexperts.training.checkpoints import Checkpoints
     from megatron_anyexperts.training.data import DataProvider, blend_file
@@ -272,6 +273,7 @@ def _run_megatron(
     manager.start(initializer=live_with_parent)
     replace(filesystem_async.__name__, "_results_queue", manager.Queue())
     upstream.install()
+    packed_rows.install()
     learning_rates.install()
     schedule.install()
     heartbeat = heartbeats.start_heartbeat(run, args.rank) if run else None
