@@ -1,10 +1,10 @@
-"""Convert weights of BailingMoeV2 models (Ling 2.0) between Hugging Face and this project's checkpoints.
+"""Convert weights of released language models between Hugging Face and this project's checkpoints.
 
     anyexperts convert import --hf DIR --output CHECKPOINT
-    anyexperts convert export --run-dir RUN --hf-config DIR/config.json --output DIR
+    anyexperts convert export --run-dir RUN --hf-config CHECKPOINT/hf/config.json --output DIR
 
-One process without a GPU; memory holds one tensor on import and one layer on export. Exit code 2: refused, with a
-list of the tensors that do not fit.
+docs/conversion.md lists the families. One process without a GPU; memory holds one tensor on import and one layer on
+export. Exit code 2: refused, with a list of the tensors that do not fit.
 """
 
 import argparse
@@ -13,7 +13,9 @@ from pathlib import Path
 
 from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.training.arguments import UsageError
-from megatron_anyexperts.weights.conversion import export_weights, import_weights
+from megatron_anyexperts.weights.conversion import import_weights
+from megatron_anyexperts.weights.export import export_weights
+from megatron_anyexperts.weights.released import FOLDER
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +28,12 @@ def parser() -> argparse.ArgumentParser:
     source = exporting.add_mutually_exclusive_group(required=True)
     source.add_argument("--run-dir", type=Path, help="run directory; its newest checkpoint is taken")
     source.add_argument("--load", type=Path, help="checkpoint directory instead")
-    exporting.add_argument("--hf-config", type=Path, required=True, help="config.json of the architecture")
+    exporting.add_argument(
+        "--hf-config",
+        type=Path,
+        help="config.json of the architecture; tokenizer and settings of generation beside it are copied; default: "
+        "what an import left in the checkpoint directory",
+    )
     for command in (importing, exporting):
         command.add_argument("--output", "--save", dest="save", type=Path, required=True, help="new directory")
     return own
@@ -41,7 +48,7 @@ def main(cli: list[str] | None = None) -> int:
             print(f"checkpoint: {chosen.save} (use --load; the model's flags are in {chosen.save / 'model.yaml'})")
         else:
             source = chosen.load or Run(chosen.run_dir).checkpoints
-            files = export_weights(source, chosen.hf_config, chosen.save)
+            files = export_weights(source, chosen.hf_config or source / FOLDER / "config.json", chosen.save)
             print(f"{len(files)} weight files: {chosen.save}")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, fields
 
 from megatron.core.fp8_utils import get_fp8_align_size
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -31,6 +32,8 @@ class LanguageModelConfig:
     rotary_percent: float = 1.0
     rotary_base: int = 10000
     rotary_seq_len_interpolation_factor: int | None = None
+    use_rope_scaling: bool = False
+    rope_scaling_factor: float = 8.0
     fp16_lm_cross_entropy: bool = False
 
     @classmethod
@@ -196,12 +199,39 @@ def build_model(
         pg_collection=groups,
         vp_stage=vp_stage,
     )
+    if language.use_rope_scaling:
+        language_model.rotary_pos_emb = scaled_rotary(language, config, groups)
     vision, audio = build_encoders(encoders, shape, config, groups) if pre_process else (None, None)
     if language_model.mtp_process:
         number_prediction_layers(language_model.mtp)
     model = MultimodalModel(language_model, vision, audio)
     freeze(model, encoders)
     return model
+
+
+def scaled_rotary(
+    language: LanguageModelConfig, config: AnyExpertsConfig, groups: ProcessGroupCollection
+) -> RotaryEmbedding:
+    """Rotary positions scaled as in Llama 3, which `HybridModel` 0.19 has no argument for.
+
+    Raises:
+        ValueError: the positions are not rotary, or scaled another way already.
+    """
+    if language.position_embedding_type != "rope" or language.rotary_seq_len_interpolation_factor is not None:
+        raise ValueError(
+            f"use_rope_scaling with position_embedding_type={language.position_embedding_type} and "
+            f"rotary_seq_len_interpolation_factor={language.rotary_seq_len_interpolation_factor}: it scales rope "
+            "alone; leave one of them out"
+        )
+    return RotaryEmbedding(
+        kv_channels=config.kv_channels,
+        rotary_percent=language.rotary_percent,
+        rotary_base=language.rotary_base,
+        rope_scaling=True,
+        rope_scaling_factor=language.rope_scaling_factor,
+        use_cpu_initialization=config.use_cpu_initialization,
+        cp_group=groups.cp,
+    )
 
 
 def number_prediction_layers(block: MultiTokenPredictionBlock) -> None:

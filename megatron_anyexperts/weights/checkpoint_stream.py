@@ -65,7 +65,10 @@ def module_states(key: str, whole: tuple[int, ...], offset: tuple[int, ...]) -> 
     Transformer Engine, are listed.
     """
     module, _, name = key.rpartition(".")
-    if name not in ("weight", "layer_norm_weight") or module.endswith((".router", ".word_embeddings")):
+    if module.endswith(".embedding.word_embeddings"):  # a tied output layer has no weight, but a state
+        module = f"{module.removesuffix('embedding.word_embeddings')}output_layer"
+        return [ShardedObject(f"{module}._extra_state", None, (1,), (0,)).unique_key]
+    if name not in ("weight", "layer_norm_weight") or module.endswith(".router"):
         return []
     modules = [module]
     if module.endswith(".linear_qkv"):

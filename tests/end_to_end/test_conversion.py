@@ -11,7 +11,7 @@ import yaml
 
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.training.config_files import read_config
-from megatron_anyexperts.weights.bailing import Bailing
+from megatron_anyexperts.weights.families.known import read_config as read_released
 from tests.end_to_end.launch import ROOT, Finished, pretrain, start_ranks
 from tests.unit.weights.reference import TINY, random_weights, write
 
@@ -141,7 +141,7 @@ def test_converter_imports_refuses_and_exports_from_the_command_line(tmp_path: P
 
 
 def test_ling_configuration_is_its_architecture():
-    flags = Bailing.from_config(LING).flags()
+    flags = read_released(LING)[0].flags()
     for name in ("ling_mini_2_0", "ling_mini_2_0_anyexperts"):
         config = read_config(str(CONFIGS / f"{name}.yaml"))
         assert {key: config[key] for key in flags} == flags

@@ -68,6 +68,8 @@ def small_arguments(**changes) -> dict:
         "rotary_percent": 1.0,
         "rotary_base": 10000,
         "rotary_seq_len_interpolation_factor": None,
+        "use_rope_scaling": False,
+        "rope_scaling_factor": 8.0,
         "vision_num_layers": 1,
         "vision_hidden_size": 16,
         "vision_ffn_hidden_size": 40,

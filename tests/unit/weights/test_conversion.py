@@ -11,34 +11,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from safetensors.torch import load_file
 
 from megatron_anyexperts.training.arguments import UsageError
-from megatron_anyexperts.weights.bailing import Bailing
 from megatron_anyexperts.weights.checkpoint_stream import CheckpointReader
-from megatron_anyexperts.weights.conversion import export_weights, import_weights
-from tests.unit.models.small import small_arguments, small_config, small_model
+from megatron_anyexperts.weights.conversion import import_weights
+from megatron_anyexperts.weights.export import export_weights
+from megatron_anyexperts.weights.families.known import read_config
 from tests.unit.weights.reference import TINY, Reference, random_weights, write
-
-# Flags of Megatron whose configuration fields are named otherwise.
-FIELDS = {"norm-epsilon": "layernorm_epsilon", "num-experts": "num_moe_experts"}
-NO_FIELD = {"hybrid-layer-pattern", "group-query-attention", "position-embedding-type", "rotary-percent"} | {
-    "rotary-base", "max-position-embeddings", "swiglu", "disable-bias-linear", "untie-embeddings-and-output-weights"
-}  # fmt: skip
-
-
-def build(config: dict, **changes) -> torch.nn.Module:
-    sizes = Bailing.from_config(config)
-    flags = sizes.flags()
-    fields = {FIELDS.get(flag, flag.replace("-", "_")): flags[flag] for flag in flags.keys() - NO_FIELD}
-    arguments = small_arguments(
-        hybrid_layer_pattern=sizes.pattern,
-        padded_vocab_size=sizes.vocab_size,
-        max_position_embeddings=sizes.max_position_embeddings,
-        rotary_percent=sizes.partial_rotary_factor,
-        rotary_base=sizes.rope_theta,
-        vision_num_layers=0,
-        audio_num_layers=0,
-    )
-    static = {"anyexperts_alpha": 0.0, "kv_channels": sizes.head_dim}
-    return small_model(small_config(sizes.pattern, **(fields | static | changes)), arguments).eval()
+from tests.unit.weights.released_models import ours
 
 
 def boxes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -66,21 +44,21 @@ def imported(weights, tmp_path_factory):
 
 def test_checkpoint_names_and_shapes_are_those_of_the_model(imported, one_rank):
     reader = CheckpointReader(imported / "ours")
-    assert {key: reader.shape(key) for key in reader.tensors} == boxes(build(TINY))
+    assert {key: reader.shape(key) for key in reader.tensors} == boxes(ours(TINY))
 
 
 def test_logits_equal_the_reference(imported, weights, one_rank):
-    model = build(TINY)
+    model = ours(TINY)
     load(model, imported / "ours")
     tokens = torch.randint(TINY["vocab_size"], (20,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        ours = model(tokens[None], torch.arange(20)[None])[0]
+        here = model(tokens[None], torch.arange(20)[None])[0]
     theirs, _ = Reference(TINY, weights).logits(tokens)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(here, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_prediction_layer_predicts_what_the_reference_predicts(imported, weights, one_rank):
-    model = build(TINY)
+    model = ours(TINY)
     load(model, imported / "ours")
     seen = []  # copies: the loss overwrites the logits
     model.language_model.output_layer.register_forward_hook(lambda _, __, out: seen.append(out[0][:, 0].clone()))
@@ -89,7 +67,7 @@ def test_prediction_layer_predicts_what_the_reference_predicts(imported, weights
         model(tokens[None], torch.arange(20)[None], labels=tokens[None], loss_mask=torch.ones(1, 20))
     main, deeper = Reference(TINY, weights).logits(tokens)
     # The last position has no token after the next: what is put there differs.
-    errors = [[(ours - theirs)[:-1].abs().max().item() for theirs in (main, deeper)] for ours in seen]
+    errors = [[(here - theirs)[:-1].abs().max().item() for theirs in (main, deeper)] for here in seen]
     assert sorted(row.index(min(row)) for row in errors) == [0, 1]
     assert all(min(row) < 1e-4 for row in errors), errors
 
@@ -136,7 +114,7 @@ def test_export_refuses_a_checkpoint_of_another_architecture(tmp_path, imported)
     ("change", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "partial_rotary_factor=0.5 with yarn"),
         ({"num_experts_per_tok": 8}, "must be twice"),
         ({"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
         ({"num_nextn_predict_layers": 2}, "at most 1"),
@@ -144,7 +122,7 @@ def test_export_refuses_a_checkpoint_of_another_architecture(tmp_path, imported)
 )
 def test_options_that_are_not_mapped_are_refused(change, message):
     with pytest.raises(UsageError, match=message):
-        Bailing.from_config(TINY | change)
+        read_config(TINY | change)
 
 
 def test_an_existing_checkpoint_is_not_overwritten(imported):

@@ -18,7 +18,8 @@ from megatron_anyexperts.weights.conversion import import_weights
 from megatron_anyexperts.weights.upcycling import START_IMPORTANCE, start_offset, upcycle
 from tests.unit.models.small import small_config
 from tests.unit.weights.reference import TINY, random_weights, write
-from tests.unit.weights.test_conversion import build, load
+from tests.unit.weights.released_models import ours
+from tests.unit.weights.test_conversion import load
 
 DYNAMIC = {
     "anyexperts_k_min": 4,
@@ -41,19 +42,19 @@ def fixed(tmp_path_factory):
 @pytest.mark.parametrize("k_min", [2, 3, 4])
 @pytest.mark.parametrize("gradient", ["fractional", "straight_through"])
 def test_first_forward_is_the_fixed_model(fixed, tmp_path, one_rank, k_min, gradient):
-    old = build(TINY)
+    old = ours(TINY)
     load(old, fixed)
     dynamic = DYNAMIC | {"anyexperts_k_min": k_min, "anyexperts_slot_gradient": gradient}
-    upcycle(build(TINY, **dynamic), fixed, tmp_path / "new")
-    new = build(TINY, **dynamic)
+    upcycle(ours(TINY, **dynamic), fixed, tmp_path / "new")
+    new = ours(TINY, **dynamic)
     load(new, tmp_path / "new")
     with torch.no_grad():
         assert torch.equal(new(TOKENS, POSITIONS), old(TOKENS, POSITIONS))
 
 
 def test_every_new_part_can_leave_its_start_one_after_the_other(fixed, tmp_path, one_rank):
-    upcycle(build(TINY, **DYNAMIC), fixed, tmp_path / "new")
-    model = build(TINY, **DYNAMIC)
+    upcycle(ours(TINY, **DYNAMIC), fixed, tmp_path / "new")
+    model = ours(TINY, **DYNAMIC)
     load(model, tmp_path / "new")
     layer = model.decoder.layers[3].mlp
     assert layer.router.control.virtual_bias.item() == -12
@@ -77,20 +78,20 @@ def test_every_new_part_can_leave_its_start_one_after_the_other(fixed, tmp_path,
 
 def test_a_fixed_alpha_is_refused(fixed, tmp_path, one_rank):
     with pytest.raises(UsageError, match="add --anyexperts-learn-alpha"):
-        upcycle(build(TINY, **DYNAMIC | {"anyexperts_learn_alpha": False}), fixed, tmp_path / "new")
+        upcycle(ours(TINY, **DYNAMIC | {"anyexperts_learn_alpha": False}), fixed, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
 def test_a_dynamic_model_is_refused(fixed, tmp_path, one_rank):
-    upcycle(build(TINY, **DYNAMIC), fixed, tmp_path / "new")
+    upcycle(ours(TINY, **DYNAMIC), fixed, tmp_path / "new")
     with pytest.raises(UsageError, match="dynamic already"):
-        upcycle(build(TINY, **DYNAMIC), tmp_path / "new", tmp_path / "newer")
+        upcycle(ours(TINY, **DYNAMIC), tmp_path / "new", tmp_path / "newer")
 
 
 def test_tensors_without_a_place_are_listed(fixed, tmp_path, one_rank):
     shorter = TINY | {"num_hidden_layers": 2}
     with pytest.raises(UsageError, match=r"not in the new model: language_model\.decoder\.layers\.4\.self_attention"):
-        upcycle(build(shorter), fixed, tmp_path / "new")
+        upcycle(ours(shorter), fixed, tmp_path / "new")
 
 
 @given(k_min=st.integers(2, 12), below=st.integers(0, 8), above=st.integers(0, 8))
@@ -150,10 +151,10 @@ def test_gates_without_a_fixed_sum_are_refused(tmp_path, one_rank, make_model):
 def test_with_a_key_only_signed_weights_are_read_and_written(fixed, tmp_path, one_rank, monkeypatch):
     monkeypatch.setenv(KEY, "a key of this test alone")
     with pytest.raises(UsageError, match="release may not be loaded: its manifest is not signed"):
-        upcycle(build(TINY, **DYNAMIC), fixed, tmp_path / "new")
+        upcycle(ours(TINY, **DYNAMIC), fixed, tmp_path / "new")
     copy = Path(shutil.copytree(fixed, tmp_path / "copy"))
     seal(copy / RELEASE)
-    assert verify(upcycle(build(TINY, **DYNAMIC), copy, tmp_path / "new")) == []
+    assert verify(upcycle(ours(TINY, **DYNAMIC), copy, tmp_path / "new")) == []
 
 
 def test_a_chunk_of_the_wrong_shape_is_not_written(tmp_path):
