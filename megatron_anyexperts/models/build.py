@@ -35,11 +35,20 @@ class LanguageModelConfig:
     use_rope_scaling: bool = False
     rope_scaling_factor: float = 8.0
     fp16_lm_cross_entropy: bool = False
+    qk_norm_all_heads: bool = False
 
     @classmethod
     def from_args(cls, args: Namespace) -> "LanguageModelConfig":
         """Read the fields from Megatron's arguments."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+
+@dataclass
+class AttentionConfig:
+    """What the attention of some released models has and Megatron has no flag for."""
+
+    qk_norm_all_heads: bool = False
+    """With --qk-layernorm: norm queries and keys over all heads together, as OLMoE does, not over each head."""
 
 
 @dataclass
@@ -95,9 +104,10 @@ class EncoderConfig:
 
 
 def add_model_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add the flags of the encoders and of the media shape; for Megatron's `extra_args_provider`."""
+    """Add the flags of attention, the encoders and the media shape; for Megatron's `extra_args_provider`."""
     from megatron.training.argument_utils import ArgumentGroupFactory
 
+    ArgumentGroupFactory(AttentionConfig).build_group(parser, title="attention")
     ArgumentGroupFactory(EncoderConfig).build_group(parser, title="encoders")
     ArgumentGroupFactory(MediaShape).build_group(parser, title="media")
     return parser
@@ -183,7 +193,7 @@ def build_model(
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     language_model = HybridModel(
         config=config,
-        hybrid_stack_spec=decoder_stack_spec(config),
+        hybrid_stack_spec=decoder_stack_spec(config, language.qk_norm_all_heads),
         vocab_size=language.padded_vocab_size,
         max_sequence_length=language.max_position_embeddings,
         hybrid_layer_pattern=language.hybrid_layer_pattern,

@@ -39,3 +39,29 @@ class RMSNorm(torch.nn.Module):
         if self.zero_centered:
             weight = weight + 1
         return torch.nn.functional.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+
+
+class AllHeadsRMSNorm(RMSNorm):
+    """RMSNorm of queries or keys over all heads together, as in OLMoE, instead of over each head.
+
+    Args:
+        config: see `RMSNorm`.
+        hidden_size: width of a head.
+        eps: added to the mean of squares.
+        heads: number of heads.
+
+    Raises:
+        ValueError: tensor parallelism, under which no rank has all heads.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, heads: int):
+        if config.tensor_model_parallel_size > 1:
+            raise ValueError(
+                f"tensor_model_parallel_size={config.tensor_model_parallel_size} with qk_norm_all_heads: the norm is "
+                "over all heads, and a rank has some of them; use expert or pipeline parallelism"
+            )
+        super().__init__(config, hidden_size * heads, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x [..., heads, hidden_size]`; the result has the dtype of `x`."""
+        return super().forward(x.flatten(-2)).view_as(x)

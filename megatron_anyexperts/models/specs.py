@@ -35,7 +35,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_anyexperts.models.attention import SDPACoreAttention
-from megatron_anyexperts.models.norm import RMSNorm
+from megatron_anyexperts.models.norm import AllHeadsRMSNorm, RMSNorm
 from megatron_anyexperts.moe.spec import moe_spec
 
 
@@ -85,7 +85,7 @@ def uses_transformer_engine(config: TransformerConfig) -> bool:
     return True
 
 
-def decoder_stack_spec(config: TransformerConfig) -> ModuleSpec:
+def decoder_stack_spec(config: TransformerConfig, qk_norm_all_heads: bool = False) -> ModuleSpec:
     """Spec of the decoder's layer stack, for `HybridModel(hybrid_stack_spec=...)`.
 
     The pattern letters `*` (attention), `-` (dense MLP) and `E` (mixture of experts) are served, and the
@@ -93,6 +93,7 @@ def decoder_stack_spec(config: TransformerConfig) -> ModuleSpec:
 
     Args:
         config: of class `AnyExpertsConfig` when the pattern has mixture layers.
+        qk_norm_all_heads: norms of queries and keys are over all heads together.
 
     Raises:
         ValueError: see `uses_transformer_engine`.
@@ -110,6 +111,11 @@ def decoder_stack_spec(config: TransformerConfig) -> ModuleSpec:
         mixture = moe_spec(config, uses_transformer_engine(config))
         moe = TransformerLayerSubmodules(pre_mlp_layernorm=norm, mlp=mixture, mlp_bda=get_bias_dropout_add)
         submodules.moe_layer = ModuleSpec(module=MoETransformerLayer, submodules=moe)
+    if config.qk_layernorm and qk_norm_all_heads:
+        submodules.attention_layer = copy.deepcopy(submodules.attention_layer)
+        attention = submodules.attention_layer.submodules.self_attention.submodules
+        attention.q_layernorm = partial(AllHeadsRMSNorm, heads=config.num_attention_heads)
+        attention.k_layernorm = partial(AllHeadsRMSNorm, heads=config.num_query_groups)
     return ModuleSpec(module=AnyExpertsStack, params={"norm": norm}, submodules=submodules)
 
 

@@ -31,8 +31,9 @@ TABLE: tuple[tuple[Kind, str, str], ...] = (
     (Kind.SHAPES, "depth and widths of the decoder",
      """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups group_query_attention kv_channels
      hybrid_layer_pattern hybrid_override_pattern is_hybrid_model spec swiglu add_bias_linear add_qkv_bias normalization
-     qk_layernorm attention_output_gate softmax_type untie_embeddings_and_output_weights encoder_num_layers
-     decoder_num_layers heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json"""),
+     qk_layernorm qk_norm_all_heads attention_output_gate softmax_type untie_embeddings_and_output_weights
+     encoder_num_layers decoder_num_layers heterogeneous_layers_config_path
+     heterogeneous_layers_config_encoded_json"""),
     (Kind.SHAPES, "a table of learned positions; left out with other positions",
      "max_position_embeddings relative_attention_num_buckets"),
     (Kind.SHAPES, "experts",

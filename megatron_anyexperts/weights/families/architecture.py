@@ -122,6 +122,8 @@ class Architecture:
         }
         if self.qk_norm != "none":
             flags["qk-layernorm"] = True
+        if self.qk_norm == "all":
+            flags["qk-norm-all-heads"] = True
         flags |= self.rope.flags()
         flags |= {
             "max-position-embeddings": self.positions,

@@ -194,7 +194,8 @@ def _completed(config: Config) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind in CONFIG_MAPPING:
         try:
-            return CONFIG_MAPPING[kind](**config).to_dict()
+            read = CONFIG_MAPPING[kind](**config)
+            return read.to_dict() | {alias: getattr(read, alias) for alias in read.attribute_map}
         except Exception as error:  # validation of transformers raises many types
             raise UsageError(f"config.json is no {kind} that transformers can read: {error}") from error
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})

@@ -70,6 +70,7 @@ def small_arguments(**changes) -> dict:
         "rotary_seq_len_interpolation_factor": None,
         "use_rope_scaling": False,
         "rope_scaling_factor": 8.0,
+        "qk_norm_all_heads": False,
         "vision_num_layers": 1,
         "vision_hidden_size": 16,
         "vision_ffn_hidden_size": 40,

@@ -30,6 +30,15 @@ MODELS = {
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
     ),
     "qwen3": ("Qwen3", {"rope_theta": 1000000.0, "head_dim": 16}),
+    "mixtral": ("Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "qwen3 moe": (
+        "Qwen3Moe",
+        EXPERTS | {"norm_topk_prob": True, "head_dim": 16, "num_hidden_layers": 4}
+        | {"decoder_sparse_step": 2, "mlp_only_layers": [1]},
+    ),
+    "qwen3 moe, gates as they are": ("Qwen3Moe", EXPERTS | {"norm_topk_prob": False}),
+    "olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 4}),
+    "olmoe grouped": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}),
 }
 """Name -> class of transformers, and what its configuration has beside `SIZES`."""
 
@@ -56,7 +65,7 @@ FIELDS = {"norm-epsilon": "layernorm_epsilon", "num-experts": "num_moe_experts"}
 ARGUMENTS = {
     "hybrid-layer-pattern", "position-embedding-type", "rotary-percent", "rotary-base", "max-position-embeddings",
     "untie-embeddings-and-output-weights", "rotary-seq-len-interpolation-factor", "use-rope-scaling",
-    "rope-scaling-factor",
+    "rope-scaling-factor", "qk-norm-all-heads",
 }  # fmt: skip
 IMPLIED = {"group-query-attention", "swiglu", "disable-bias-linear"}
 YARN = {"rotary-scaling-factor": "yarn_rotary_scaling_factor", "mscale": "yarn_mscale"} | {

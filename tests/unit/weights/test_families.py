@@ -180,6 +180,8 @@ def test_an_export_without_tensor_says_which(everything, tmp_path):
             "attention_factor=1.1",
         ),
         ("Qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("Mixtral", {"sliding_window": 32}, "sliding_window=32"),
+        ("Olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
         ("Phi3", {}, "architectures=.*Phi3ForCausalLM.*LlamaForCausalLM"),
     ],
 )  # fmt: skip
@@ -191,3 +193,8 @@ def test_options_for_which_megatron_would_compute_something_else_are_refused(kin
         config["rope_parameters"] |= change["rope_scaling"]
     with pytest.raises(UsageError, match=message):
         read_config(config | {"architectures": [f"{kind}ForCausalLM"]} | change)
+
+
+def test_a_norm_over_all_heads_refuses_ranks_that_have_some(everything):
+    with pytest.raises(ValueError, match="tensor_model_parallel_size=2 with qk_norm_all_heads"):
+        ours(everything["olmoe"].config, tensor_model_parallel_size=2)
