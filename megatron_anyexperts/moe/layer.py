@@ -12,13 +12,14 @@ from megatron.core.typed_torch import apply_module
 from torch import Tensor
 
 from megatron_anyexperts.moe.controllers import with_controllers
-from megatron_anyexperts.moe.dispatcher import SlotDispatcher
+from megatron_anyexperts.moe.dispatcher import Dispatched, SlotDispatcher
 from megatron_anyexperts.moe.importance import Importance
 from megatron_anyexperts.moe.metrics import local_positions, observe
 from megatron_anyexperts.moe.virtual import VirtualExpert
 
 if TYPE_CHECKING:
     from megatron_anyexperts.moe.config import AnyExpertsConfig
+    from megatron_anyexperts.moe.decision import RoutingDecision
 
 
 class AnyExpertsMoELayer(MoELayer):
@@ -107,13 +108,7 @@ class AnyExpertsMoELayer(MoELayer):
             dispatched.expert_input, dispatched.tokens_per_expert, dispatched.expert_probs
         )
         assert bias is None, "experts with a separate bias are not supported"
-        output_TH = self.dispatcher.combine(expert_output, dispatched)
-        if self.config.moe_latent_size:
-            output_TH, _ = self.fc2_latent_proj(output_TH)
-        gates = [gate for gate in (decision.virtual_gate_T, dispatched.displaced_gate_T) if gate is not None]
-        if gates:
-            output_TH = self.virtual(output_TH, hidden_TH, sum(gates))
-        output_TH = output_TH.masked_fill(decision.nonfinite_T.unsqueeze(1), float("nan"))
+        output_TH = self.combine(expert_output, dispatched, hidden_TH, decision)
         if self.layer_number is not None:  # as Megatron's tracker: a layer without a number has no figures
             observe(
                 self.layer_number + (self.config.num_layers if self.is_mtp_layer else 0),
@@ -125,3 +120,15 @@ class AnyExpertsMoELayer(MoELayer):
             )
         output_SBH = output_TH.view_as(hidden_SBH)
         return output_SBH if shared_SBH is None else output_SBH + shared_SBH
+
+    def combine(
+        self, expert_output_NH: Tensor, dispatched: Dispatched, hidden_TH: Tensor, decision: RoutingDecision
+    ) -> Tensor:
+        """Bring expert outputs back, [N, H] -> [T, H], and add the virtual slots of h' [T, H]; stages 4 and 5."""
+        output_TH = self.dispatcher.combine(expert_output_NH, dispatched)
+        if self.config.moe_latent_size:
+            output_TH, _ = self.fc2_latent_proj(output_TH)
+        gates = [gate for gate in (decision.virtual_gate_T, dispatched.displaced_gate_T) if gate is not None]
+        if gates:
+            output_TH = self.virtual(output_TH, hidden_TH, sum(gates))
+        return output_TH.masked_fill(decision.nonfinite_T.unsqueeze(1), float("nan"))
