@@ -1,8 +1,8 @@
 """Counts what a GPU would be asked to do, on any device: operators launched, and times that the host waits.
 
 A tensor is of the *host* when it is made without a device or on "cpu" by that name, copied there, or computed from such
-tensors only, inside `count_operators`; any other stands for one on a GPU, wherever it lies. An operator on the GPU counts as one launch unless it only makes a view; an
-operator may need more than one kernel, so these are comparable numbers, not kernels.
+tensors only, inside `count_operators`; any other stands for one on a GPU, wherever it lies. An operator on a GPU counts
+as one launch unless it only makes a view; it may need more than one kernel, so the numbers are for comparison.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NO_LAUNCH = {
 }
 _WAITS = {
     *("_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "unique_dim", "unique_dim_consecutive"),
-    *("_unique", "_unique2", "bincount", "equal", "is_nonzero"),
+    *("_unique", "_unique2", "bincount", "equal", "is_nonzero", "masked_scatter_backward"),
 }
 _TO_HOST = {"cpu", "tolist", "numpy", "__array__"}
 _MAKERS = {

@@ -1,5 +1,6 @@
 """Every option of dynamic routing, declared once: the dataclass makes the command line, its help and its checks."""
 
+import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -84,6 +85,10 @@ class AnyExpertsConfig(TransformerConfig):
     anyexperts_spread_target: float = 0.15
     """Standard deviation of importance at which the spread loss vanishes, in (0, 0.5]."""
 
+    anyexperts_router_kernel: Literal["auto", "off", "on"] = "auto"
+    """One Triton kernel from logits to gates and slots, and one for its gradient. auto: on a GPU, where settings allow;
+    off: torch operators, which define the result; on: on a CPU too, in Triton's interpreter (TRITON_INTERPRET=1)."""
+
     anyexperts_dispatch_eps: float | None = None
     """Cap on what an expert rank may receive: ceil((1 + eps) * real slots / ranks). None or inf: no cap (dropless)."""
 
@@ -127,6 +132,18 @@ class AnyExpertsConfig(TransformerConfig):
     def anyexperts_fuses(self) -> bool:
         """Whether importance is fused back into the hidden state."""
         return self.anyexperts_alpha != 0 or self.anyexperts_learn_alpha
+
+    @property
+    def anyexperts_no_kernel(self) -> str | None:
+        """Why the router's kernel cannot be used; None if it can."""
+        reasons = {
+            "Triton is not installed": importlib.util.find_spec("triton") is None,
+            "static routing is Megatron's own": self.anyexperts_static,
+            "anyexperts_budget_slack ranks all tokens of the microbatch": self.anyexperts_budget_slack is not None,
+            "anyexperts_importance_gradient is not plain": self.anyexperts_importance_gradient != "plain",
+            "it computes in fp32": self.moe_router_dtype == "fp64",
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
 
     def _check_ranges(self) -> None:
         k_min, k_max, experts = self.anyexperts_k_min, self.anyexperts_k_max, self.num_moe_experts
@@ -242,6 +259,8 @@ class AnyExpertsConfig(TransformerConfig):
                 "anyexperts_importance_gradient=centred centres the gradient of the slot count, and "
                 "anyexperts_slot_gradient=none has none; use fractional or straight_through"
             )
+        if self.anyexperts_router_kernel == "on" and (reason := self.anyexperts_no_kernel):
+            raise ValueError(f"anyexperts_router_kernel=on, but the kernel cannot route here: {reason}; use auto")
         taught = self.anyexperts_fuses or self.anyexperts_slot_gradient != "none"
         if self.anyexperts_needs_importance and not (
             taught or self.anyexperts_budget_loss_coeff or self.anyexperts_spread_loss_coeff

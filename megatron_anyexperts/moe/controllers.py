@@ -83,6 +83,11 @@ class RouterControl(KeepsPrecision):
         self.calibrating = False
         self._before: list[tuple[Tensor, Tensor]] = []
 
+    @property
+    def needs_counts(self) -> bool:
+        """Whether there is a target to steer to."""
+        return self.config.anyexperts_target_slots is not None or self.config.anyexperts_target_real is not None
+
     @torch.no_grad()
     def count(self, soft_T: Tensor, slots_T: Tensor, real_used_TK: Tensor, valid_T: Tensor) -> None:
         """Add one microbatch of local tokens.
@@ -94,16 +99,24 @@ class RouterControl(KeepsPrecision):
             valid_T: bool, the tokens that take part.
         """
         config = self.config
-        if config.anyexperts_target_slots is None and config.anyexperts_target_real is None:
+        if not self.needs_counts:
             return
+        movable_T = (soft_T > config.anyexperts_k_min) & (soft_T < config.anyexperts_k_max) & valid_T
+        self.add(torch.stack((valid_T.sum(), slots_T.sum(), real_used_TK.sum(), movable_T.sum())))
+
+    @torch.no_grad()
+    def add(self, counts: Tensor) -> None:
+        """Add the `counts` of one microbatch, whole numbers of any dtype."""
+        if not self.needs_counts:
+            return
+        config = self.config
         if not (self.calibrating or moves_controllers(config.finalize_model_grads_func)):
             raise RuntimeError(
                 "nothing moves the controllers of dynamic slots, so anyexperts_target_slots and _real would not be "
                 "kept: after the model is built, add\n"
                 "    config.finalize_model_grads_func = with_controllers(config.finalize_model_grads_func)"
             )
-        movable_T = (soft_T > config.anyexperts_k_min) & (soft_T < config.anyexperts_k_max) & valid_T
-        self.counts += torch.stack((valid_T.sum(), slots_T.sum(), real_used_TK.sum(), movable_T.sum()))
+        self.counts += counts.to(self.counts.dtype)
 
     def remember(self, expert_bias: Tensor | None) -> None:
         """Keep the state before an update, in case the rerun machine repeats the step."""

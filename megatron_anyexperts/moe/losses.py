@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
 # What a token of a microbatch without targets weighs: next to nothing, and yet it is no padding.
@@ -35,19 +34,25 @@ class TokenWeights:
         weight_T: fp32; positive exactly where valid, over all ranks of a microbatch as many as its targets.
     """
 
-    def __init__(self, mask_SB: Tensor | None, finite_T: Tensor):
+    def __init__(self, weight_T: Tensor, valid_T: Tensor, local_total: Tensor | None = None):
+        self.weight_T, self.valid_T = weight_T, valid_T
+        self._local_total = local_total
+        self._totals: dict[torch.distributed.ProcessGroup, Tensor] = {}
+
+    @classmethod
+    def of(cls, mask_SB: Tensor | None, finite_T: Tensor) -> TokenWeights:
+        """From the `padding_mask` of a layer and which tokens are finite."""
         if mask_SB is None:
             weight_T = finite_T.float()
         else:
             mask_T = mask_SB.reshape(-1)
             weight_T = ((~mask_T).float() if mask_T.dtype == torch.bool else mask_T.float()) * finite_T
-        self.weight_T, self.valid_T = weight_T, weight_T > 0
-        self._totals: dict[torch.distributed.ProcessGroup, Tensor] = {}
+        return cls(weight_T, weight_T > 0)
 
     def total(self, group: torch.distributed.ProcessGroup) -> Tensor:
         """Return the weight of all ranks of `group` together, fp32 scalar; collective at the first call."""
         if group not in self._totals:
-            total = self.weight_T.sum()
+            total = self.weight_T.sum() if self._local_total is None else self._local_total.clone()
             if group.size() > 1:
                 torch.distributed.all_reduce(total, group=group)
             self._totals[group] = total
@@ -70,8 +75,22 @@ def balance_loss(scores_TE: Tensor, counts_E: Tensor, tokens: Tensor) -> Tensor:
         The local ranks' addend: summed over the ranks it is the loss; a scalar, the mean over sequences.
     """
     share_E = counts_E / counts_E.sum(-1, keepdim=True).clamp(min=1)
-    per_sequence = (scores_TE.sum(0) * share_E).sum(-1) * scores_TE.shape[-1] / tokens.clamp(min=1)
-    return per_sequence.mean()
+    return _Weighted.apply(scores_TE, share_E * (scores_TE.shape[-1] / tokens.clamp(min=1)).unsqueeze(-1))
+
+
+class _Weighted(torch.autograd.Function):
+    """Sum of scores [T, ..., E] times weights [..., E], mean over what lies between; its gradient is one product."""
+
+    @staticmethod
+    def forward(ctx, scores_TE: Tensor, weight_E: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_E)
+        ctx.shape = scores_TE.shape
+        return (scores_TE.sum(0) * weight_E).sum(-1).mean()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (weight_E,) = ctx.saved_tensors
+        return (weight_E * (grad / weight_E[..., 0].numel())).expand(ctx.shape), None
 
 
 def z_loss(logits_TC: Tensor, weights: TokenWeights, group: torch.distributed.ProcessGroup) -> Tensor:
@@ -80,15 +99,29 @@ def z_loss(logits_TC: Tensor, weights: TokenWeights, group: torch.distributed.Pr
     return (squares_T * weights.weight_T).sum() / weights.total(group).clamp(min=LEAST_WEIGHT)
 
 
-def shared_mean(values_NT: Tensor, valid_T: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """Return the means [N] over the valid tokens of all ranks of `group`; 0 when there are none.
+def shared_mean(sums: Tensor, tokens: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Return means over the tokens of all ranks of `group`, of sums [N] over this rank's; 0 when there are none.
 
     All ranks get the same value; each one's gradient is that of its own tokens, as for Megatron's balance losses.
     """
-    valid_T = valid_T.to(values_NT.dtype)
-    sums = torch.cat((values_NT @ valid_T, valid_T.sum().unsqueeze(0)))
-    sums = reduce_from_tensor_model_parallel_region(sums, group=group)
-    return sums[:-1] / sums[-1].clamp(min=1)
+    return _SharedMean.apply(sums, tokens, group)
+
+
+class _SharedMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sums: Tensor, tokens: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+        if group.size() > 1:
+            both = torch.cat((sums, tokens.view(1)))
+            torch.distributed.all_reduce(both, group=group)
+            sums, tokens = both[:-1], both[-1]
+        count = tokens.clamp(min=1)
+        ctx.save_for_backward(count)
+        return sums / count
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (count,) = ctx.saved_tensors
+        return grad / count, None, None
 
 
 def budget_loss(mean_soft: Tensor, mean_slots: Tensor, target: float, span: int) -> Tensor:
@@ -100,8 +133,30 @@ def budget_loss(mean_soft: Tensor, mean_slots: Tensor, target: float, span: int)
     return ((mean_slots + (mean_soft - mean_soft.detach()) - target) / span) ** 2
 
 
-def spread_loss(mean: Tensor, mean_square: Tensor, target: float) -> Tensor:
-    """Return max(0, 1 - std / target)^2 of a quantity with these moments: 1 for a constant, 0 from `target` on."""
-    # Without the addend the gradient of the root would explode exactly where the loss is needed.
-    deviation = ((mean_square - mean**2).clamp(min=0) + 1e-8).sqrt()
-    return (1 - deviation / target).clamp(min=0) ** 2
+def spread_loss(moments: Tensor, target: float) -> Tensor:
+    """Return max(0, 1 - std / target)^2 of a quantity: 1 for a constant, 0 from `target` on.
+
+    Args:
+        moments: its mean and the mean of its square, [2].
+    """
+    return _Spread.apply(moments, target)
+
+
+class _Spread(torch.autograd.Function):
+    """A dozen scalar operators in each direction would be as many launches: the gradient is taken in the first."""
+
+    @staticmethod
+    def forward(ctx, moments: Tensor, target: float) -> Tensor:
+        mean, mean_square = moments
+        variance = mean_square - mean * mean
+        # Without the addend the gradient of the root would explode exactly where the loss is needed.
+        deviation = (variance.clamp(min=0) + 1e-8).sqrt()
+        missing = (1 - deviation / target).clamp(min=0)
+        through = torch.where(variance < 0, 0.0, missing / (-target * deviation))
+        ctx.save_for_backward(torch.stack((-2 * mean * through, through)))
+        return missing * missing
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return grad * gradient, None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_anyexperts.moe.controllers import RouterControl
 from megatron_anyexperts.moe.decision import RoutingDecision
+from megatron_anyexperts.moe.fused_route import route
 from megatron_anyexperts.moe.importance import CentredGradient
 from megatron_anyexperts.moe.losses import TokenWeights
 from megatron_anyexperts.moe.precision import KeepsPrecision
@@ -67,16 +68,23 @@ class AnyExpertsRouter(KeepsPrecision, RouterLosses):
             self.virtual_weight.sequence_parallel = config.sequence_parallel
         self.control = RouterControl(config)
         self.needs_fallback = config.anyexperts_dispatch_eps is not None
+        self.fusible = config.anyexperts_router_kernel != "off" and config.anyexperts_no_kernel is None
+        self._filler: Tensor | None = None
 
     def gating(self, input: Tensor) -> Tensor:
-        """Return logits [S, B, E + V] in the router dtype."""
+        """Return logits [S, B, E + V] in the router dtype; more where `_fuses`, up to a multiple of 8 columns."""
         if self.virtual_weight is None:
             return super().gating(input)
         for parameter in (self.weight, self.virtual_weight, self.bias):
             if parameter is not None and parameter.device != input.device:
                 parameter.data = parameter.data.to(input.device)
-        weight = torch.cat((self.weight, self.virtual_weight))
-        bias = self.bias if self.bias is None else torch.nn.functional.pad(self.bias, (0, len(self.virtual_weight)))
+        parts = [self.weight, self.virtual_weight]
+        if self._fuses(input) and (missing := -sum(map(len, parts)) % 8):
+            if self._filler is None or self._filler.dtype != self.weight.dtype:
+                self._filler = self.weight.new_zeros(missing, input.shape[-1])
+            parts.append(self._filler)
+        weight = torch.cat(parts)
+        bias = self.bias if self.bias is None else torch.nn.functional.pad(self.bias, (0, len(weight) - len(self.bias)))
         dtype = {"fp32": torch.float32, "fp64": torch.float64}[self.config.moe_router_dtype]
         return router_gating_linear(input, weight, bias, dtype)
 
@@ -110,7 +118,7 @@ class AnyExpertsRouter(KeepsPrecision, RouterLosses):
         """Set the tokens that take part; return logits and importance without NaN and Inf, and where they were [T]."""
         sums_T = logits.detach().sum(-1, dtype=torch.float32).flatten() + importance_T.detach()
         broken_T = ~sums_T.isfinite()
-        self.tokens = TokenWeights(padding_mask, ~broken_T)
+        self.tokens = TokenWeights.of(padding_mask, ~broken_T)
         broken_SB1 = broken_T.view(*logits.shape[:2], 1)
         return logits.masked_fill(broken_SB1, 0), importance_T.masked_fill(broken_T, 0.5), broken_T
 
@@ -125,13 +133,16 @@ class AnyExpertsRouter(KeepsPrecision, RouterLosses):
         if self.needs_fallback:
             scores = Scores.of(logits.view(-1, self.num_experts), self.config)
             fallback_TE, eligible_TE = scores.fallback(gates_TE, map_TE, self.expert_bias)
-        gates_TE = self.attach_importance_losses(gates_TE, importance_T, None, slots_T)
+        if self.has_importance_losses(importance_T):
+            gates_TE = self.attach_importance_losses(gates_TE, *self.importance_sums(importance_T, None, slots_T))
         return RoutingDecision(
             gates_TE, map_TE, None, importance_T.detach(), slots_T, fallback_TE, eligible_TE, broken_T
         )
 
     def decide(self, logits: Tensor, padding_mask: Tensor | None, importance_T: Tensor) -> RoutingDecision:
         """Turn logits [S, B, E + V] and importance [T] into slots and gates: stages 2 to 5 of the class docstring."""
+        if self._fuses(logits):
+            return self._decide_fused(logits, padding_mask, importance_T)
         config = self.config
         seq_length, batch = logits.shape[:2]
         logits, importance_T, broken_T = self._take_in(logits, padding_mask, importance_T)
@@ -167,13 +178,56 @@ class AnyExpertsRouter(KeepsPrecision, RouterLosses):
             fallback_TE, eligible_TE = scores.fallback(gates_TE, map_TE, self.expert_bias, values_TC, weight_TC)
 
         if self.training and torch.is_grad_enabled():
-            gates_TE = self.attach_balance_losses(gates_TE, scores, map_TE, seq_length, batch)
-            gates_TE = self.attach_importance_losses(gates_TE, importance_T, soft_T, slots_T)
+            if self.is_aux_loss_enabled():
+                probs_TE = scores.normalised() * valid_T.unsqueeze(1)
+                gates_TE = self.attach_balance_losses(gates_TE, probs_TE, map_TE, seq_length, batch)
+            if self.has_importance_losses(importance_T):
+                gates_TE = self.attach_importance_losses(
+                    gates_TE, *self.importance_sums(importance_T, soft_T, slots_T)
+                )
             self._apply_expert_bias(map_TE)
         if self.control.calibrating or self._counts:
             self.control.count(soft_T, slots_T, used_TK, valid_T)
         return RoutingDecision(
             gates_TE, map_TE, virtual_gate_T, importance_T.detach(), slots_T, fallback_TE, eligible_TE, broken_T
+        )
+
+    def _fuses(self, tensor: Tensor) -> bool:
+        # With a load cap the gates that a slot would get elsewhere are needed too; a z-loss reads the logits before.
+        here = tensor.is_cuda or self.config.anyexperts_router_kernel == "on"
+        z_loss = self.config.moe_z_loss_coeff is not None and self.training
+        return self.fusible and here and not self.needs_fallback and not z_loss
+
+    def _decide_fused(self, logits: Tensor, padding_mask: Tensor | None, importance_T: Tensor) -> RoutingDecision:
+        """`decide` with stages 2 to 4, and the sums that stage 5 needs, in one kernel."""
+        config = self.config
+        seq_length, batch = logits.shape[:2]
+        logits_TC = logits.reshape(-1, logits.shape[-1])
+        mask_T = None if padding_mask is None else padding_mask.reshape(-1)
+        learns = self.training and torch.is_grad_enabled()
+        fused = route(
+            config,
+            logits_TC,
+            importance_T,
+            mask_T,
+            (self.control.slot_offset, self.control.virtual_bias),
+            self.expert_bias,
+            learns and self.is_aux_loss_enabled(),
+        )
+        sums = fused.sums.detach()
+        self.tokens = TokenWeights(fused.weight_T, fused.valid_T, sums[8])
+        gates_TE = fused.gates_TE
+        if learns:
+            if self.is_aux_loss_enabled():
+                gates_TE = self.attach_balance_losses(gates_TE, fused.probs_TE, fused.map_TE, seq_length, batch)
+            if self.has_importance_losses(importance_T):
+                gates_TE = self.attach_importance_losses(gates_TE, fused.sums[:4], sums[4])
+            self._apply_expert_bias(fused.map_TE)
+        if self.control.calibrating or self._counts:
+            self.control.add(sums[4:8])
+        virtual_gate_T = fused.virtual_gate_T if config.anyexperts_max_virtual_slots else None
+        return RoutingDecision(
+            gates_TE, fused.map_TE, virtual_gate_T, fused.importance_T, fused.slots_T, None, None, fused.broken_T
         )
 
     def _slots(self, importance_T: Tensor, valid_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ from megatron_anyexperts.moe.losses import TokenWeights, balance_loss, budget_lo
 
 if TYPE_CHECKING:
     from megatron_anyexperts.moe.config import AnyExpertsConfig
-    from megatron_anyexperts.moe.scores import Scores
 
 
 class RouterLosses(TopKRouter):
@@ -59,13 +58,14 @@ class RouterLosses(TopKRouter):
         return self._attach(activation, aux_loss_name, aux_loss_coeff, aux_loss, reduce_group, **reduction)
 
     def attach_balance_losses(
-        self, gates_TE: Tensor, scores: Scores, map_TE: Tensor, seq_length: int, batch: int
+        self, gates_TE: Tensor, probs_TE: Tensor, map_TE: Tensor, seq_length: int, batch: int
     ) -> Tensor:
-        """Attach the Switch-style losses, with loads from the real slots in use, to the gates."""
-        if not self.is_aux_loss_enabled():
-            return gates_TE
+        """Attach the Switch-style losses, with loads from the real slots in use, to the gates.
+
+        Args:
+            probs_TE: scores that sum to 1 per token, 0 for tokens that take no part.
+        """
         valid_T = self.tokens.valid_T
-        probs_TE = scores.normalised() * valid_T.unsqueeze(1)
         for kind, name, group in (
             ("aux_loss", "load_balancing_loss", self.tp_cp_group),
             ("seq_aux_loss", "seq_load_balancing_loss", self.tp_cp_group),
@@ -93,28 +93,41 @@ class RouterLosses(TopKRouter):
             )
         return gates_TE
 
-    def attach_importance_losses(
-        self, gates_TE: Tensor, importance_T: Tensor, soft_T: Tensor | None, slots_T: Tensor
-    ) -> Tensor:
-        """Attach the budget and spread losses, of all tokens of the microbatch, to the gates."""
-        config = self.config
-        span = config.anyexperts_k_max - config.anyexperts_k_min
-        budget = config.anyexperts_budget_loss_coeff if span else 0.0
-        spread = config.anyexperts_spread_loss_coeff
-        active = self.training and torch.is_grad_enabled() and importance_T.requires_grad
-        if not (active and (budget or spread)):
-            return gates_TE
+    def importance_sums(self, importance_T: Tensor, soft_T: Tensor | None, slots_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over the local tokens that take part, for `attach_importance_losses`, and how many these are."""
         # Moments about 0.5, where importance starts, keep digits of a small variance.
         rows = [importance_T - 0.5, (importance_T - 0.5) ** 2]
-        if budget:
+        if self._budget_coeff:
             rows += [soft_T, slots_T.to(soft_T.dtype)]
-        group = self.tp_cp_group
-        means = shared_mean(torch.stack(rows), self.tokens.valid_T, group)
+        valid_T = self.tokens.valid_T.to(importance_T.dtype)
+        return torch.stack(rows) @ valid_T, valid_T.sum()
+
+    @property
+    def _budget_coeff(self) -> float:
+        ranges = self.config.anyexperts_k_max > self.config.anyexperts_k_min
+        return self.config.anyexperts_budget_loss_coeff if ranges else 0.0
+
+    def has_importance_losses(self, importance_T: Tensor) -> bool:
+        """Whether budget or spread loss act on this microbatch."""
+        active = self.training and torch.is_grad_enabled() and importance_T.requires_grad
+        return active and bool(self._budget_coeff or self.config.anyexperts_spread_loss_coeff)
+
+    def attach_importance_losses(self, gates_TE: Tensor, sums: Tensor, tokens: Tensor) -> Tensor:
+        """Attach the budget and spread losses, of all tokens of the microbatch, to the gates.
+
+        Args:
+            sums: of the local tokens: importance - 0.5, its square, continuous and integer slots (for the budget).
+            tokens: how many these are.
+        """
+        config, group = self.config, self.tp_cp_group
+        budget, spread = self._budget_coeff, config.anyexperts_spread_loss_coeff
+        means = shared_mean(sums if budget else sums[:2], tokens, group)
         if budget:
+            span = config.anyexperts_k_max - config.anyexperts_k_min
             loss = budget * budget_loss(means[2], means[3], config.anyexperts_target_slots, span)
             gates_TE = self._attach(gates_TE, "slot_budget_loss", budget, loss, group, avg_group=group)
         if spread:
-            loss = spread * spread_loss(means[0], means[1], config.anyexperts_spread_target)
+            loss = spread * spread_loss(means[:2] if budget else means, config.anyexperts_spread_target)
             gates_TE = self._attach(gates_TE, "importance_spread_loss", spread, loss, group, avg_group=group)
         return gates_TE
 
@@ -140,11 +153,14 @@ class RouterLosses(TopKRouter):
             if config.mtp_use_repeated_layer:  # one layer, called mtp_num_layers times
                 loss = loss / config.mtp_num_layers
         get_moe_metrics_tracker().record(name, loss / coeff, number, layers, **reduction)
-        return MoEAuxLossAutoScaler.apply(activation, loss * self._weight(group))
+        if (weight := self._weight(group)) is not None:
+            loss = loss * weight
+        return MoEAuxLossAutoScaler.apply(activation, loss)
 
-    def _weight(self, group: torch.distributed.ProcessGroup) -> Tensor | int:
+    def _weight(self, group: torch.distributed.ProcessGroup) -> Tensor | int | None:
         if self.calculate_per_token_loss:
             # Megatron sums gradients over the data-parallel ranks and divides by the targets of the step.
             return self.tokens.total(group)
         # It averages them over the data-parallel ranks; a loss that these share is not an average.
-        return group.size() // self.tp_cp_group.size()
+        shared = group.size() // self.tp_cp_group.size()
+        return shared if shared > 1 else None

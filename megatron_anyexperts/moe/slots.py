@@ -19,7 +19,7 @@ def virtual_cap(slots: int, rho_max: float) -> int:
 
 
 @lru_cache(maxsize=64)
-def _cap_steps(k_max: int, rho_max: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def cap_steps(k_max: int, rho_max: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return, for real rank i, the first k that leaves i + 1 slots to real experts, and, for virtual rank r, the first
     k that allows r + 1 virtual slots; fp32 [K, 1] and [V, 1]. Kept per device: making them anew would stall a GPU for
     the copy."""
@@ -85,7 +85,7 @@ def entry_slots(real_TK: Tensor, virtual_TV: Tensor | None, rho_max: float) -> T
         return rank_K.unsqueeze(0)
     # Columns first and counted in fp32: with tokens innermost, and without integer sums, a CPU is four times faster.
     real_KT, virtual_VT = real_TK.t().contiguous(), virtual_TV.t().contiguous()
-    real_first_K1, virtual_first_V1 = _cap_steps(k_max, rho_max, real_TK.device)
+    real_first_K1, virtual_first_V1 = cap_steps(k_max, rho_max, real_TK.device)
     rank_K1 = rank_K.unsqueeze(1)
     ahead_VKT = torch.gt(virtual_VT.unsqueeze(1), real_KT, out=real_KT.new_empty(len(virtual_VT), *real_KT.shape))
     real_in_KT = torch.minimum(ahead_VKT.sum(0) + rank_K1, real_first_K1)

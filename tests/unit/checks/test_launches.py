@@ -1,0 +1,31 @@
+"""Budgets of launches and waits of a mixture layer; `benchmarks/launches.py` prints the table."""
+
+import pytest
+
+from megatron_anyexperts.checks.launches import count_ours, count_stock
+
+
+@pytest.fixture
+def stock(one_rank):
+    return count_stock()
+
+
+@pytest.fixture
+def ours(one_rank):
+    return count_ours(anyexperts_router_kernel="on")
+
+
+def test_the_router_launches_at_most_a_third_more_than_megatrons(stock, ours):
+    for direction in ("forward", "backward"):
+        theirs, mine = (getattr(counted["router"], direction).launches.total() for counted in (stock, ours))
+        assert mine <= 1.3 * theirs, (direction, mine, theirs)
+
+
+def test_a_layer_waits_once(ours):
+    passes = [each for counted in ours.values() for each in (counted.forward, counted.backward) if each is not None]
+    assert sum(each.waits.total() for each in passes) == 1
+
+
+def test_without_the_kernel_the_router_waits_as_little(one_rank):
+    counted = count_ours(anyexperts_router_kernel="off")["router"]
+    assert not counted.forward.waits and not counted.backward.waits
