@@ -86,8 +86,9 @@ class AnyExpertsConfig(TransformerConfig):
     """Standard deviation of importance at which the spread loss vanishes, in (0, 0.5]."""
 
     anyexperts_router_kernel: Literal["auto", "off", "on"] = "auto"
-    """One Triton kernel from logits to gates and slots, and one for its gradient. auto: on a GPU, where settings allow;
-    off: torch operators, which define the result; on: on a CPU too, in Triton's interpreter (TRITON_INTERPRET=1)."""
+    """One Triton kernel from logits to gates and slots, one for its gradient, one for figures. auto: on a GPU, where
+    settings allow; off: torch operators, which define the result; on: on a CPU too, in Triton's interpreter
+    (TRITON_INTERPRET=1)."""
 
     anyexperts_dispatch_eps: float | None = None
     """Cap on what an expert rank may receive: ceil((1 + eps) * real slots / ranks). None or inf: no cap (dropless)."""

@@ -172,7 +172,7 @@ def _route_backward(saved, d_gates, d_virtual_gate, d_probs, d_sums, settings, s
 
 
 # Operators of torch, so that profilers and counters see a launch as such.
-_library = torch.library.Library("anyexperts", "DEF")
+_library = torch.library.Library("anyexperts", "FRAGMENT")
 _library.define(
     "route(Tensor logits, Tensor importance, Tensor? mask, Tensor offset, Tensor virtual_bias, Tensor? expert_bias, "
     "Tensor real_first, Tensor virtual_first, int[] settings, float scale) -> "

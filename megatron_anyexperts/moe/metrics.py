@@ -139,7 +139,8 @@ class RoutingTracker(MoEMetricsTracker):
         self.num_layers = config.num_layers + (config.mtp_num_layers or 0)
         device = torch.cuda.current_device()
         sizes = (modalities, self.num_layers, config.anyexperts_k_max or 0, config.num_moe_experts or 0, device)
-        self.tallies = {"train": Tally(*sizes), "eval": Tally(*sizes)}
+        kernel = config.anyexperts_router_kernel
+        self.tallies = {"train": Tally(*sizes, kernel), "eval": Tally(*sizes, kernel)}
         self.extra_losses = [
             name
             for name, coeff in (

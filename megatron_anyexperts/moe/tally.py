@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from megatron_anyexperts.moe.fused_tally import add_figures
 from megatron_anyexperts.moe.summary import SUMS, summarise
 
 if TYPE_CHECKING:
     from megatron_anyexperts.moe.decision import RoutingDecision
     from megatron_anyexperts.moe.dispatcher import LoadReport
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class Tally:
@@ -27,8 +32,9 @@ class Tally:
         k_max: int,
         num_experts: int,
         device: torch.device | int | str,
+        kernel: str = "auto",
     ):
-        self.modalities, self.k_max = modalities, k_max
+        self.modalities, self.k_max, self.kernel = modalities, k_max, kernel
         fields = len(SUMS) + 2 * (k_max + 1)
         self.nonfinite_L = torch.zeros(num_layers, dtype=torch.float64, device=device)
         self.sums_LMF = torch.zeros(num_layers, len(modalities), fields, dtype=torch.float64, device=device)
@@ -40,6 +46,8 @@ class Tally:
     def add(self, layer_number: int, kinds_T: Tensor, decision: RoutingDecision, load: LoadReport) -> None:
         """Add one microbatch of one layer; tokens that are not finite are counted as such and enter nothing else."""
         layer = layer_number - 1
+        if self.kernel == "on" or self.kernel == "auto" and decision.slots_T.is_cuda and HAS_TRITON:
+            return self._add_fused(layer, kinds_T, decision, load)
         if decision.nonfinite_T is not None:
             self.nonfinite_L[layer] += (decision.nonfinite_T & (kinds_T >= 0)).sum()
             kinds_T = kinds_T.masked_fill(decision.nonfinite_T, -1)
@@ -63,6 +71,26 @@ class Tally:
         self.load_L5[layer] += torch.stack((one, received, demanded, load.rerouted.double(), load.displaced.double()))
         self.peak_L[layer] = torch.maximum(self.peak_L[layer], received)
         self.experts_LE[layer] += load.received_E
+
+    def _add_fused(self, layer: int, kinds_T: Tensor, decision: RoutingDecision, load: LoadReport) -> None:
+        """`add` as one launch."""
+        add_figures(
+            kinds_T,
+            decision.slots_T,
+            decision.importance_T,
+            decision.routing_map_TE,
+            decision.nonfinite_T,
+            load.received_P,
+            load.demanded_P,
+            load.received_E,
+            load.rerouted,
+            load.displaced,
+            self.sums_LMF[layer],
+            self.experts_LE[layer],
+            self.load_L5[layer],
+            self.peak_L[layer],
+            self.nonfinite_L[layer],
+        )
 
     def drain(self, sum_groups: list[torch.distributed.ProcessGroup]) -> dict[str, Any]:
         """Reduce over `sum_groups` one after the other, clear, and return the summary; collective."""

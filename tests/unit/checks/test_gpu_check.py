@@ -12,7 +12,7 @@ OPTIONS = Namespace(device="cpu", steps=4, hidden_size=64, seq_length=64, lr=1e-
 
 
 @pytest.mark.parametrize(
-    ("cuda", "fusion", "count"), [(False, False, 4), (True, False, 7 + len(FP8_CAPABILITY)), (True, True, 12)]
+    ("cuda", "fusion", "count"), [(False, False, 4), (True, False, 8 + len(FP8_CAPABILITY)), (True, True, 13)]
 )
 def test_every_reference_comes_first(cuda, fusion, count):
     plan = rows(cuda, tuple(FP8_CAPABILITY) if cuda else (), fusion)

@@ -21,6 +21,10 @@ def test_the_router_launches_at_most_a_third_more_than_megatrons(stock, ours):
         assert mine <= 1.3 * theirs, (direction, mine, theirs)
 
 
+def test_figures_are_one_launch(ours):
+    assert ours["figures"].forward.launches.total() == 1
+
+
 def test_a_layer_waits_once(ours):
     passes = [each for counted in ours.values() for each in (counted.forward, counted.backward) if each is not None]
     assert sum(each.waits.total() for each in passes) == 1

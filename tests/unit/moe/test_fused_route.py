@@ -134,8 +134,16 @@ sizes = {"E": 256, "E2": 256, "V": 2, "V2": 8, "K_MIN": 8, "K_MAX": 12, "SCALE":
 sizes |= {"MOST_VIRTUAL": 2, "G": 8, "G2": 8, "KEEP": 4, "PER": 2, "MASK": 2, "BIASED": True, "COLUMNS": 264}
 flags = {name + "_ptr": "*i1" for name in ("map", "virtual_used", "valid", "broken")}
 types = flags | {"last_ptr": "*i32", "slots_ptr": "*i64", "T": "i32", "stride": "i32", "out_stride": "i32"}
-for kernel in (kernels.route_forward, kernels.route_backward):
-    for score in (0, 2):
+from megatron_anyexperts.moe.tally_kernel import add_figures
+
+sizes |= {"P": 8, "P2": 8, "M": 4, "FIELDS": 31, "BINS": 13, "BINS2": 16, "BROKEN": True}
+doubles = ("to_experts", "load", "peak", "nonfinite")
+counts = ("received", "demanded", "experts", "rerouted", "displaced")
+for kernel, scores in ((kernels.route_forward, (0, 2)), (kernels.route_backward, (0, 2)), (add_figures, (0,))):
+    if kernel is add_figures:
+        types |= {name + "_ptr": "*fp64" for name in doubles} | {name + "_ptr": "*i64" for name in counts}
+        types |= {"kinds_ptr": "*i8", "sums_ptr": "*fp64", "kinds_stride": "i32"}
+    for score in scores:
         names = kernel.arg_names
         given = sizes | {"SCORE": score, "GRADIENT": 0}
         constants = {name: given[name] for name in names if name in given}

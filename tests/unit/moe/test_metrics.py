@@ -28,9 +28,10 @@ class Writer:
         self.histograms[tag] = fields
 
 
-@pytest.fixture
-def setup(one_rank):
-    cfg = config(**DYNAMIC, anyexperts_spread_loss_coeff=0.1, anyexperts_spread_target=0.5)
+@pytest.fixture(params=["off", "on"], ids=["operators", "kernel"])
+def setup(one_rank, request):
+    losses = {"anyexperts_spread_loss_coeff": 0.1, "anyexperts_spread_target": 0.5}
+    cfg = config(**DYNAMIC, **losses, anyexperts_router_kernel=request.param)
     built = layer(cfg)
     built.importance.down.data.normal_()
     tracker = install_metrics(cfg, MODALITIES)
