@@ -93,6 +93,17 @@ class AnyExpertsConfig(TransformerConfig):
     anyexperts_dispatch_eps: float | None = None
     """Cap on what an expert rank may receive: ceil((1 + eps) * real slots / ranks). None or inf: no cap (dropless)."""
 
+    anyexperts_balance: Literal["reroute", "copies"] = "reroute"
+    """What keeps expert ranks equally loaded. reroute: the cap of --anyexperts-dispatch-eps alone, if there is one;
+    copies: hot experts are computed on idle ranks as well, with temporary copies of their weights, which changes no
+    routing; the cap, if there is one, then acts on what copies cannot carry."""
+
+    anyexperts_copies_eps: float = 0.05
+    """Copies bring each expert rank to at most ceil((1 + eps) * real slots / ranks), wherever their number allows."""
+
+    anyexperts_copies_per_rank: int = 1
+    """Most experts of others that a rank holds at a time, one layer's for one microbatch."""
+
     def __post_init__(self):
         super().__post_init__()
         if self.num_moe_experts is None:

@@ -5,6 +5,8 @@ experts, `P` expert-parallel ranks, `X` expert-tensor-parallel ranks, `S = P * X
 exchange.
 
 1. Counts: every source gathers every source's slots per expert (the one exchange the stock dispatcher makes too).
+   With `anyexperts_balance=copies` they make a plan of expert copies; where that has any, the columns of the routing
+   map become physical experts, `L + R` on a rank, and `E` below is their number.
 2. Cap (only with `anyexperts_dispatch_eps`): plan quotas, reroute, fall back to virtual; one more exchange of counts,
    and one for each time that room nobody used is shared anew.
 3. Permute: `[T, H]` -> slots sorted by expert.
@@ -28,9 +30,11 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from torch import Tensor
 
+from megatron_anyexperts.moe.copies import CopyPlan, plan_copies
 from megatron_anyexperts.moe.decision import RoutingDecision
 from megatron_anyexperts.moe.host_copy import HostCopy
-from megatron_anyexperts.moe.quotas import DispatchPlan, plan_dispatch, share_wanted, slot_cap
+from megatron_anyexperts.moe.physical_experts import PhysicalExperts, lay_out, on_physical_experts
+from megatron_anyexperts.moe.quotas import plan_dispatch, share_wanted, slot_cap
 from megatron_anyexperts.moe.reroute import FittedSlots, fit_to_plan, place, wanted, with_gates
 
 
@@ -45,6 +49,7 @@ class LoadReport:
         rerouted: int64 scalar, slots sent to another expert than the router chose.
         displaced: int64 scalar, slots made virtual by the cap.
         cap: int64 scalar, slots a rank may receive; None when the cap is off.
+        copied: int64 scalar, slots computed by copies.
     """
 
     demanded_P: Tensor
@@ -53,6 +58,24 @@ class LoadReport:
     rerouted: Tensor
     displaced: Tensor
     cap: Tensor | None
+    copied: Tensor
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """How the columns of a routing map lie on expert ranks, the same number on each.
+
+    Attributes:
+        width: columns of a rank.
+        local: those of this rank.
+        by_expert: order of arrived chunks that puts those of one expert in a row.
+        by_source: the way back.
+    """
+
+    width: int
+    local: slice
+    by_expert: Tensor
+    by_source: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,6 +83,7 @@ class _Route:
     """The way back: all that `combine` needs."""
 
     shape: torch.Size
+    columns: _Columns
     routing_map_TE: Tensor
     permutation: Tensor
     input_splits: list[int]
@@ -75,10 +99,12 @@ class Dispatched:
 
     Attributes:
         expert_input: [N, H], slots sorted by local expert.
-        tokens_per_expert: int64 [L] on the CPU, where each expert's slots end; with alignment padding, if on.
+        tokens_per_expert: int64 [L] on the CPU, where each expert's slots end; with alignment padding, if on. With
+            copies [L + R], those of the copies last.
         expert_probs: [N], the gates of the slots.
         displaced_gate_T: summed gates of the slots the cap made virtual, differentiable; None when the cap is off.
         load: slots per rank, for metrics.
+        plan: of the copies; None without any.
         route: the way back, for `SlotDispatcher.combine`.
     """
 
@@ -87,6 +113,7 @@ class Dispatched:
     expert_probs: Tensor
     displaced_gate_T: Tensor | None
     load: LoadReport
+    plan: CopyPlan | None
     route: _Route
 
 
@@ -97,7 +124,8 @@ class SlotDispatcher:
 
     Args:
         config: an `AnyExpertsConfig`. Read: `num_moe_experts`, `moe_permute_fusion`,
-            `moe_router_padding_for_quantization`, `anyexperts_dispatch_eps`, `anyexperts_k_max`.
+            `moe_router_padding_for_quantization`, `anyexperts_dispatch_eps`, `anyexperts_k_max`, and
+            `anyexperts_balance` with the options of copies.
         num_local_experts: experts on this rank.
         local_expert_indices: their global indices, consecutive.
         pg_collection: process groups `ep`, `expt_tp` and `tp_ep`.
@@ -125,14 +153,24 @@ class SlotDispatcher:
                 "use an expert parallel size that divides the number of experts"
             )
         self.num_local_experts = num_local_experts
-        self.local = slice(first, first + num_local_experts)
         eps = config.anyexperts_dispatch_eps
         self.eps = None if eps is None or math.isinf(eps) or self.ep_size == 1 else eps
         self.align = get_align_size_for_quantization(config) if config.moe_router_padding_for_quantization else 0
-        device = "cuda" if config.moe_permute_fusion else "cpu"
-        chunks = torch.arange(config.num_moe_experts * self.tp_size, device=device)
-        self._by_expert = chunks.reshape(-1, num_local_experts).T.ravel()
-        self._by_source = chunks.reshape(num_local_experts, -1).T.ravel()
+        self.with_copies = config.anyexperts_balance == "copies" and self.ep_size > 1
+        self.places = config.anyexperts_copies_per_rank if self.with_copies else 0
+        self._owned, self._physical = (self._columns(num_local_experts + more) for more in (0, self.places))
+
+    def _columns(self, width: int) -> _Columns:
+        first = self.ep_group.rank() * width
+        chunks = torch.arange(
+            self.ep_size * width * self.tp_size, device="cuda" if self.config.moe_permute_fusion else "cpu"
+        )
+        return _Columns(
+            width,
+            slice(first, first + width),
+            chunks.reshape(-1, width).T.ravel(),
+            chunks.reshape(width, -1).T.ravel(),
+        )
 
     def dispatch(self, hidden_TH: Tensor, decision: RoutingDecision) -> Dispatched:
         """Send each real slot of `decision` to its expert's rank.
@@ -144,22 +182,35 @@ class SlotDispatcher:
         Raises:
             ValueError: alignment padding is on and T is not a multiple of the alignment.
         """
+        counts_SE = self._gather(decision.routing_map_TE.sum(0))
+        demanded_P = self._per_rank(counts_SE, self._owned).sum(0)
+        columns, known, plan, physical = self._owned, None, None, None
+        if self.with_copies:
+            # The one wait for a GPU: the splits follow from these counts as well, unless a cap changes them.
+            known = counts_SE.cpu()
+            plan, physical = self._plan_copies(known)
+        if plan is not None:
+            columns, known, physical = self._physical, physical.slots_SQ, physical.to(counts_SE.device)
+            counts_SE, decision = physical.slots_SQ, on_physical_experts(decision, physical, self.source)
         gates_TE, map_TE = decision.gates_TE, decision.routing_map_TE
-        counts_SE = self._gather(map_TE.sum(0))
-        demanded_P = self._per_rank(counts_SE).sum(0)
         zero = demanded_P.new_zeros(())
         rerouted, displaced, displaced_gate_T, cap = zero, zero, None, None
         if self.eps is not None:
             cap = slot_cap(demanded_P.sum(), self.ep_size, self.eps)
-            plan = plan_dispatch(self._per_rank(counts_SE), cap)
-            fitted, counts_SE, rerouted = self._fit(decision, plan)
+            fitted, counts_SE, rerouted = self._fit(decision, counts_SE, columns, cap)
             gates_TE, map_TE, displaced_gate_T = fitted.gates_TE, fitted.routing_map_TE, fitted.displaced_gate_T
-            displaced = demanded_P.sum() - counts_SE.sum()
+            displaced, known = demanded_P.sum() - counts_SE.sum(), None
         received_E = counts_SE.sum(0)
         if self.align:
-            gates_TE, map_TE, counts_SE = self._pad(gates_TE, map_TE, counts_SE)
-        copy = HostCopy(torch.cat((counts_SE[self.source], self._chunks(counts_SE).ravel())))
-        load = LoadReport(demanded_P, received_E.view(self.ep_size, -1).sum(1), received_E, rerouted, displaced, cap)
+            gates_TE, map_TE = self._pad(gates_TE, map_TE)
+            counts_SE, known = self._aligned(counts_SE), None if known is None else self._aligned(known)
+        told_SE = counts_SE if known is None else known
+        copy = HostCopy(torch.cat((told_SE[self.source], self._chunks(told_SE, columns).ravel())))
+        received_P, copied = received_E.view(self.ep_size, -1).sum(1), zero
+        if physical is not None:
+            copied = physical.slots_of_copies(received_E)
+            received_E = physical.per_logical(received_E, self.config.num_moe_experts)
+        load = LoadReport(demanded_P, received_P, received_E, rerouted, displaced, cap, copied)
 
         sent_E, chunks = copy.wait().split((counts_SE.shape[1], self.tp_size * counts_SE.shape[1]))
         input_splits = sent_E.view(self.ep_size, -1).sum(1).tolist()
@@ -168,31 +219,40 @@ class SlotDispatcher:
         tp_splits = chunks_XPL.sum((1, 2)).tolist()
         fused = self.config.moe_permute_fusion
         slots, probs, permutation = self._permute(hidden_TH, map_TE, gates_TE, sum(input_splits))
-        chunk_sizes = self._chunks(counts_SE).ravel() if fused else chunks_XPL.ravel()
-        route = _Route(
-            hidden_TH.shape, map_TE, permutation, input_splits, output_splits, tp_splits, chunk_sizes, gates_TE.dtype
-        )
+        chunk_sizes = self._chunks(counts_SE, columns).ravel() if fused else chunks_XPL.ravel()
+        splits = input_splits, output_splits, tp_splits
+        route = _Route(hidden_TH.shape, columns, map_TE, permutation, *splits, chunk_sizes, gates_TE.dtype)
         slots, probs = (
             self._gather_tp(all_to_all(self.ep_group, x, output_splits, input_splits), tp_splits)
             for x in (slots, probs)
         )
-        if self.num_local_experts > 1:
-            slots, probs = sort_chunks_by_idxs(slots, chunk_sizes, self._by_expert, probs=probs, fused=fused)
-        return Dispatched(slots, chunks_XPL.sum((0, 1)), probs, displaced_gate_T, load, route)
+        if columns.width > 1:
+            slots, probs = sort_chunks_by_idxs(slots, chunk_sizes, columns.by_expert, probs=probs, fused=fused)
+        return Dispatched(slots, chunks_XPL.sum((0, 1)), probs, displaced_gate_T, load, plan, route)
 
-    def _fit(self, decision: RoutingDecision, plan: DispatchPlan) -> tuple[FittedSlots, Tensor, Tensor]:
+    def _plan_copies(self, counts_SE: Tensor) -> tuple[CopyPlan | None, PhysicalExperts | None]:
+        """The plan and its columns, on the host; None where no copy helps."""
+        plan = plan_copies(counts_SE.numpy(), self.ep_size, self.places, self.config.anyexperts_copies_eps)
+        if not plan.copies:
+            return None, None
+        return plan, lay_out(counts_SE.numpy(), self.ep_size, self.places, plan)
+
+    def _fit(
+        self, decision: RoutingDecision, counts_SE: Tensor, columns: _Columns, cap: Tensor
+    ) -> tuple[FittedSlots, Tensor, Tensor]:
         """This source's slots under the plan, the slots of every source per expert, and how many were rerouted.
 
         A source may lack room that others leave unused: what is left is shared anew among those that can use it, until
         nobody can. Each turn fills at least one place; mostly there is none to take.
         """
         k_max, ranks = self.config.anyexperts_k_max, self.ep_size
+        plan = plan_dispatch(self._per_rank(counts_SE, columns), cap)
         fitted_TE = fit_to_plan(decision, plan.quota_SP[self.source], plan.room_SP[self.source], k_max)
         while True:
             rerouted = (fitted_TE & ~decision.routing_map_TE).sum()
             told = torch.cat((fitted_TE.sum(0), wanted(decision, fitted_TE, ranks), rerouted[None]))
             counts_SE, wanted_SP, rerouted_S1 = self._gather(told).split((len(told) - ranks - 1, ranks, 1), dim=1)
-            room_SP = share_wanted(wanted_SP, plan.cap - self._per_rank(counts_SE).sum(0))
+            room_SP = share_wanted(wanted_SP, plan.cap - self._per_rank(counts_SE, columns).sum(0))
             if not room_SP.any():
                 return with_gates(decision, fitted_TE, k_max), counts_SE, rerouted_S1.sum()
             fitted_TE = place(decision, fitted_TE, room_SP[self.source], k_max)
@@ -209,9 +269,9 @@ class SlotDispatcher:
         """
         route, x = dispatched.route, expert_output_NH
         fused = self.config.moe_permute_fusion
-        if self.num_local_experts > 1:
-            by_source = route.chunk_sizes.view(-1, self.num_local_experts).T.ravel()
-            x, _ = sort_chunks_by_idxs(x, by_source, self._by_source, fused=fused)
+        if route.columns.width > 1:
+            by_source = route.chunk_sizes.view(-1, route.columns.width).T.ravel()
+            x, _ = sort_chunks_by_idxs(x, by_source, route.columns.by_source, fused=fused)
         x = self._reduce_tp(x, route)
         x = all_to_all(self.ep_group, x, route.input_splits, route.output_splits)
         return unpermute(x, route.permutation, restore_shape=route.shape, routing_map=route.routing_map_TE, fused=fused)
@@ -224,14 +284,17 @@ class SlotDispatcher:
         torch.distributed.all_gather_into_tensor(gathered, counts, group=self.tp_ep_group)
         return gathered.view(self.tp_ep_group.size(), -1)
 
-    def _per_rank(self, counts_SE: Tensor) -> Tensor:
-        return counts_SE.view(-1, self.ep_size, self.num_local_experts).sum(2)
+    def _per_rank(self, counts_SE: Tensor, columns: _Columns) -> Tensor:
+        return counts_SE.view(-1, self.ep_size, columns.width).sum(2)
 
-    def _chunks(self, counts_SE: Tensor) -> Tensor:
+    def _chunks(self, counts_SE: Tensor, columns: _Columns) -> Tensor:
         """[X, P, L]: slots for each local expert, in the order in which the chunks arrive."""
-        return counts_SE[:, self.local].reshape(self.ep_size, self.tp_size, -1).transpose(0, 1)
+        return counts_SE[:, columns.local].reshape(self.ep_size, self.tp_size, -1).transpose(0, 1)
 
-    def _pad(self, gates_TE: Tensor, map_TE: Tensor, counts_SE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _aligned(self, counts: Tensor) -> Tensor:
+        return -(-counts // self.align) * self.align
+
+    def _pad(self, gates_TE: Tensor, map_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Fill each expert's slots up to the alignment of the quantised GEMM, with gate 0."""
         align = self.align
         if map_TE.shape[0] % align:
@@ -242,7 +305,7 @@ class SlotDispatcher:
             )
         # Upstream pads in place: a copy keeps the decision, and with it every count of real slots, as it was.
         padded_TE = pad_routing_map(map_TE.clone(), align)
-        return gates_TE.masked_fill(~map_TE, 0), padded_TE, -(-counts_SE // align) * align
+        return gates_TE.masked_fill(~map_TE, 0), padded_TE
 
     def _permute(self, hidden_TH: Tensor, map_TE: Tensor, gates_TE: Tensor, slots: int) -> tuple[Tensor, ...]:
         """Slots sorted by expert, their gates, and the permutation that `unpermute` reverts."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules, te_checkpoint
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from megatron_anyexperts.moe.controllers import with_controllers
 from megatron_anyexperts.moe.dispatcher import Dispatched, SlotDispatcher
+from megatron_anyexperts.moe.expert_copies import ExpertCopies
 from megatron_anyexperts.moe.importance import Importance
 from megatron_anyexperts.moe.metrics import local_positions, observe
 from megatron_anyexperts.moe.virtual import VirtualExpert
@@ -52,6 +55,11 @@ class AnyExpertsMoELayer(MoELayer):
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.token_dispatcher = None
         self.dispatcher = SlotDispatcher(config, self.num_local_experts, self.local_expert_indices, pg_collection)
+        self.copies = None
+        if self.dispatcher.with_copies:
+            self.copies = ExpertCopies(
+                self.experts, partial(self.submodules.experts, pg_collection=pg_collection), config, pg_collection.ep
+            )
         self.router.needs_fallback = self.dispatcher.eps is not None
         self.importance = Importance(config) if config.anyexperts_needs_importance else None
         has_virtual = config.anyexperts_max_virtual_slots > 0 or self.dispatcher.eps is not None
@@ -104,11 +112,7 @@ class AnyExpertsMoELayer(MoELayer):
         if self.config.moe_latent_size:
             routed_TH, _ = self.fc1_latent_proj(routed_TH)
         dispatched = self.dispatcher.dispatch(routed_TH, decision)
-        expert_output, bias = apply_module(self.experts)(
-            dispatched.expert_input, dispatched.tokens_per_expert, dispatched.expert_probs
-        )
-        assert bias is None, "experts with a separate bias are not supported"
-        output_TH = self.combine(expert_output, dispatched, hidden_TH, decision)
+        output_TH = self.combine(self._compute(dispatched), dispatched, hidden_TH, decision)
         if self.layer_number is not None:  # as Megatron's tracker: a layer without a number has no figures
             observe(
                 self.layer_number + (self.config.num_layers if self.is_mtp_layer else 0),
@@ -120,6 +124,23 @@ class AnyExpertsMoELayer(MoELayer):
             )
         output_SBH = output_TH.view_as(hidden_SBH)
         return output_SBH if shared_SBH is None else output_SBH + shared_SBH
+
+    def _compute(self, dispatched: Dispatched) -> Tensor:
+        """[N, H], the experts' outputs; those of copies stand last."""
+        copied = dispatched.plan is not None
+        fetched = self.copies.fetch(dispatched.plan) if copied else None
+        slots_NH, gates_N, tokens_per_expert = (
+            dispatched.expert_input,
+            dispatched.expert_probs,
+            dispatched.tokens_per_expert,
+        )
+        own, own_slots = self.num_local_experts, int(tokens_per_expert[: self.num_local_experts].sum())
+        output, bias = apply_module(self.experts)(slots_NH[:own_slots], tokens_per_expert[:own], gates_N[:own_slots])
+        assert bias is None, "experts with a separate bias are not supported"
+        if not copied:
+            return output
+        guests = self.copies(fetched, slots_NH[own_slots:], tokens_per_expert[own:], gates_N[own_slots:])
+        return torch.cat((output, guests))
 
     def combine(
         self, expert_output_NH: Tensor, dispatched: Dispatched, hidden_TH: Tensor, decision: RoutingDecision

@@ -1,0 +1,239 @@
+"""Temporary copies of other ranks' experts: weights come in, outputs are computed, weight gradients go home.
+
+Forward: owners send the weights of the experts that the plan copies, in one all-to-all, and the slots go through them.
+Nothing but the slots is kept. Backward: the weights are sent again, the outputs computed again with gradients, and the
+weight gradients go back in one all-to-all. The owner adds them in the order of ranks, in fp32 where the parameter has
+an fp32 `main_grad`. That is before its bucket counts as ready: a parameter's gradient is complete, and Megatron's hook
+runs, only when this function has returned.
+
+Shapes: `R` places for copies on a rank, `C` experts that it lends, `N` elements of one expert's weights, `M` slots that
+arrived for copies, `H` hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron_anyexperts.moe.config import AnyExpertsConfig
+    from megatron_anyexperts.moe.copies import CopyPlan
+
+_NUMBER_OF_EXPERT = re.compile(r"local_experts\.(\d+)\.|\.(?:weight|bias)(\d+)$")
+
+
+@dataclass(frozen=True)
+class Journey:
+    """What a rank sends and receives under a plan.
+
+    Attributes:
+        lent: local indices of the experts it sends, by receiving rank.
+        lent_splits: how many of them go to each rank.
+        borrowed_splits: copies it receives from each rank; they arrive in the order of their places.
+    """
+
+    lent: list[int]
+    lent_splits: list[int]
+    borrowed_splits: list[int]
+
+
+def journey(plan: CopyPlan, local: int, rank: int, ranks: int) -> Journey:
+    """This rank's part of a plan.
+
+    Args:
+        plan: the same on all ranks.
+        local: experts that a rank owns.
+        rank, ranks: of the expert-parallel group.
+    """
+    owner_G = plan.expert_G // local
+    lent_G = (owner_G == rank) & (plan.rank_G != rank)
+    borrowed_G = (owner_G != rank) & (plan.rank_G == rank)
+    by_rank = np.argsort(plan.rank_G[lent_G], kind="stable")
+    return Journey(
+        (plan.expert_G[lent_G] % local)[by_rank].tolist(),
+        np.bincount(plan.rank_G[lent_G], minlength=ranks).tolist(),
+        np.bincount(owner_G[borrowed_G], minlength=ranks).tolist(),
+    )
+
+
+class ExpertCopies:
+    """What one rank computes of other ranks' experts; owns no parameters.
+
+    Args:
+        experts: Megatron's experts of this rank, which it lends.
+        build: makes another such module, given the number of experts and a configuration.
+        config: an `AnyExpertsConfig`. Read: `anyexperts_copies_per_rank`, `gradient_accumulation_fusion`.
+        ep_group: expert-parallel group.
+    """
+
+    def __init__(
+        self,
+        experts: torch.nn.Module,
+        build: Callable[[int, AnyExpertsConfig], torch.nn.Module],
+        config: AnyExpertsConfig,
+        ep_group: torch.distributed.ProcessGroup,
+    ) -> None:
+        self.experts, self.group = experts, ep_group
+        self.local, self.places = experts.num_local_experts, config.anyexperts_copies_per_rank
+        self.fused_gradients = config.gradient_accumulation_fusion
+        guest_config = copy.copy(config)
+        guest_config.perform_initialization = False  # weights come from the owners, and no random number is drawn
+        guest_config.disable_parameter_transpose_cache = True  # a place holds another expert each time
+        # All that the backward pass needs is computed again as it is.
+        guest_config.recompute_granularity = None
+        guest_config.fine_grained_activation_offloading = False
+        self.guests = build(self.places, guest_config)
+        self.shapes = [(name, parameter.shape) for name, parameter in _by_expert(self.guests)]
+        for parameter in self.guests.parameters():
+            parameter.data = parameter.data.new_empty(0)
+        self.size = sum(shape.numel() for _, shape in self.shapes) // self.places
+        self._names = [name for name, _ in _by_expert(experts)]
+
+    @property
+    def own(self) -> list[torch.nn.Parameter]:
+        """The parameters of this rank's experts, expert by expert."""
+        # Looked up each time: a model built on the meta device gets others when it is given memory.
+        return [self.experts.get_parameter(name) for name in self._names]
+
+    def fetch(self, plan: CopyPlan) -> Fetched:
+        """Start the exchange of weights; collective, with any number of experts to send or receive, also none."""
+        return self.start(journey(plan, self.local, self.group.rank(), self.group.size()))
+
+    def start(self, way: Journey) -> Fetched:
+        """Start the exchange of weights of a known journey; collective."""
+        own = self.own
+        weights_RN = own[0].detach().new_zeros(self.places, self.size)
+        lent = [parameter.detach().flatten() for expert in way.lent for parameter in own[self._of(expert)]]
+        lent_CN = torch.cat(lent).view(-1, self.size) if lent else weights_RN[:0]
+        work = torch.distributed.all_to_all_single(
+            weights_RN[: sum(way.borrowed_splits)],
+            lent_CN,
+            way.borrowed_splits,
+            way.lent_splits,
+            group=self.group,
+            async_op=True,
+        )
+        return Fetched(way, weights_RN, lent_CN, work)
+
+    def __call__(self, fetched: Fetched, slots_MH: Tensor, tokens_per_copy: Tensor, gates_M: Tensor) -> Tensor:
+        """[M, H], outputs for slots that arrived for copies; differentiable, its backward pass is collective.
+
+        Args:
+            fetched: what `fetch` returned; every rank calls this once for each fetch.
+            slots_MH: [M, H], sorted by the copy's place; M may be 0.
+            tokens_per_copy: int64 [R] on the CPU, 0 for a place without a copy.
+            gates_M: [M], as the experts take them.
+        """
+        return _Lent.apply(self, fetched, tokens_per_copy, slots_MH, gates_M, *self.own)
+
+    def run(self, weights: list[Tensor], slots_MH: Tensor, tokens_per_copy: Tensor, gates_M: Tensor) -> Tensor:
+        """The experts' forward pass with `weights` in place of the module's own."""
+        named = {name: weight for (name, _), weight in zip(self.shapes, weights, strict=True)}
+        return torch.func.functional_call(self.guests, named, (slots_MH, tokens_per_copy, gates_M))[0]
+
+    def views(self, flat_RN: Tensor) -> list[Tensor]:
+        """A flat buffer as the weights of all places, in the order of `shapes`."""
+        parts = flat_RN.flatten().split([shape.numel() for _, shape in self.shapes])
+        return [part.view(shape) for part, (_, shape) in zip(parts, self.shapes, strict=True)]
+
+    def backward(self, weights: list[Tensor], output_MH: Tensor, grad_MH: Tensor) -> Tensor:
+        """[R, N], gradients of `weights`: in fp32 where GEMMs add to `main_grad` themselves, else in their dtype."""
+        if self.fused_gradients:
+            grad_RN = torch.zeros(self.places, self.size, dtype=torch.float32, device=grad_MH.device)
+            for weight, buffer in zip(weights, self.views(grad_RN), strict=True):
+                weight.main_grad = buffer
+            torch.autograd.backward(output_MH, grad_MH)
+            return grad_RN
+        torch.autograd.backward(output_MH, grad_MH)
+        return torch.cat([weight.grad.flatten() for weight in weights]).view(self.places, self.size)
+
+    def bring_home(self, way: Journey, grad_RN: Tensor) -> list[Tensor | None]:
+        """Send gradients of copies to the owners; collective.
+
+        Returns:
+            Gradients of `own`; None for parameters that were not lent, and for those whose `main_grad` took it.
+        """
+        home_CN = grad_RN.new_empty(len(way.lent), self.size)
+        torch.distributed.all_to_all_single(
+            home_CN, grad_RN[: sum(way.borrowed_splits)], way.lent_splits, way.borrowed_splits, group=self.group
+        )
+        own = self.own
+        sums: list[Tensor | None] = [None] * len(own)
+        sizes = [parameter.numel() for parameter in own[self._of(0)]]
+        for expert, row_N in zip(way.lent, home_CN, strict=True):
+            for number, part in enumerate(row_N.split(sizes), start=self._of(expert).start):
+                parameter = own[number]
+                if getattr(parameter, "main_grad", None) is not None:
+                    parameter.main_grad.add_(part.view_as(parameter))
+                else:
+                    part = part.float().view_as(parameter)
+                    sums[number] = part if sums[number] is None else sums[number] + part
+        return [None if total is None else total.to(own[0].dtype) for total in sums]
+
+    def _of(self, expert: int) -> slice:
+        """The parameters of one local expert among `own`."""
+        per_expert = len(self._names) // self.local
+        return slice(expert * per_expert, (expert + 1) * per_expert)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Weights on their way.
+
+    Attributes:
+        way: what is sent and received.
+        weights_RN: in the parameter dtype, 0 in places without a copy; complete after `wait`.
+        lent_CN: what is sent, kept alive until then.
+        work: the exchange.
+    """
+
+    way: Journey
+    weights_RN: Tensor
+    lent_CN: Tensor
+    work: torch.distributed.Work
+
+    def wait(self) -> Tensor:
+        """[R, N], the weights of the copies."""
+        self.work.wait()
+        return self.weights_RN
+
+
+class _Lent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, copies: ExpertCopies, fetched: Fetched, tokens_per_copy, slots_MH, gates_M, *own):
+        ctx.copies, ctx.way, ctx.tokens_per_copy = copies, fetched.way, tokens_per_copy
+        ctx.save_for_backward(slots_MH, gates_M)
+        return copies.run(copies.views(fetched.wait()), slots_MH, tokens_per_copy, gates_M)
+
+    @staticmethod
+    def backward(ctx, grad_MH: Tensor):
+        copies = ctx.copies
+        slots_MH, gates_M = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+        weights = [weight.requires_grad_() for weight in copies.views(copies.start(ctx.way).wait())]
+        with torch.enable_grad():
+            output_MH = copies.run(weights, slots_MH, ctx.tokens_per_copy, gates_M)
+        grad_RN = copies.backward(weights, output_MH, grad_MH)
+        trained = any(ctx.needs_input_grad[5:])
+        own = copies.bring_home(ctx.way, grad_RN) if trained else [None] * len(copies._names)
+        return None, None, None, slots_MH.grad, gates_M.grad, *own
+
+
+def _by_expert(experts: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """Names and parameters, expert by expert."""
+    named = list(experts.named_parameters())
+    matches = [_NUMBER_OF_EXPERT.search(name) for name, _ in named]
+    if not all(matches):
+        shared = [name for (name, _), match in zip(named, matches, strict=True) if not match]
+        raise ValueError(
+            f"anyexperts_balance=copies lends single experts, but {shared} of {type(experts).__name__} belong to "
+            "several at once; use one parameter per expert (no --moe-single-grouped-weight)"
+        )
+    numbers = [int(match[1] or match[2]) for match in matches]
+    return [named[i] for i in sorted(range(len(named)), key=numbers.__getitem__)]
