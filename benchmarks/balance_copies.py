@@ -5,7 +5,7 @@ import time
 import numpy as np
 from balance_workloads import Setting, decision_of
 
-from megatron_anyexperts.moe.copies import CopyPlan, plan_copies
+from megatron_anyexperts.moe.copies import plan_copies
 from megatron_anyexperts.moe.quotas import slot_cap
 
 COPY_COLUMNS = (
@@ -42,7 +42,8 @@ def copied(setting: Setting, workload: str, steps: int, eps: float) -> str:
             break
     fullest, copies, most_of_one, moved, total = 0.0, 0, 0, 0, 0
     for counts_SE, plan in zip(counts, plans, strict=True):
-        load_P, owner_G = copied_load(counts_SE, plan, setting.ranks)
+        load_P, owner_G = plan.load(counts_SE.sum(0), setting.ranks), plan.expert_G // (counts_SE.shape[1] // setting.ranks)
+        assert load_P.sum() == counts_SE.sum(), "slots vanished"
         away_G = plan.rank_G != owner_G
         fullest = max(fullest, load_P.max() / load_P.mean())
         copies = max(copies, plan.copies)
@@ -53,14 +54,3 @@ def copied(setting: Setting, workload: str, steps: int, eps: float) -> str:
         f"| {workload} | {needed} | **{fullest:.3f}** | {copies} | {copies * EXPERT_MEGABYTES:.0f} | "
         f"{most_of_one * EXPERT_MEGABYTES:.0f} | {moved / total:.1%} | {1000 * np.median(times):.2f} |"
     )
-
-
-def copied_load(counts_SE: np.ndarray, plan: CopyPlan, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    """[P] slots of each rank under the plan, and [G] owners of its targets."""
-    local = counts_SE.shape[1] // ranks
-    stay_E = counts_SE.sum(0)
-    stay_E[plan.expert_G] = 0
-    load_P = stay_E.reshape(ranks, local).sum(1)
-    np.add.at(load_P, plan.rank_G, plan.flow_GS.sum(1))
-    assert load_P.sum() == counts_SE.sum(), "slots vanished"
-    return load_P, plan.expert_G // local

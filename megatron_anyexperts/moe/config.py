@@ -104,6 +104,10 @@ class AnyExpertsConfig(TransformerConfig):
     anyexperts_copies_per_rank: int = 1
     """Most experts of others that a rank holds at a time, one layer's for one microbatch."""
 
+    anyexperts_copies_min_slots: int = 1
+    """Fewest slots that a copy is made for: below a number that depends on GPU and network, sending the weights costs
+    more time than is saved (see docs/dispatch.md). What a rank has over the goal below that it keeps."""
+
     def __post_init__(self):
         super().__post_init__()
         if self.num_moe_experts is None:
@@ -183,6 +187,9 @@ class AnyExpertsConfig(TransformerConfig):
             self.anyexperts_dispatch_eps = None
         if self.anyexperts_dispatch_eps is not None:
             _inside("anyexperts_dispatch_eps", self.anyexperts_dispatch_eps, 0, math.inf)
+        _inside("anyexperts_copies_eps", self.anyexperts_copies_eps, 0, math.inf, high_open=True)
+        _inside("anyexperts_copies_per_rank", self.anyexperts_copies_per_rank, 1, experts)
+        _inside("anyexperts_copies_min_slots", self.anyexperts_copies_min_slots, 1, math.inf)
         if self.anyexperts_virtual_experts is not None and (
             self.anyexperts_virtual_experts < self.anyexperts_max_virtual_slots
         ):
@@ -256,6 +263,8 @@ class AnyExpertsConfig(TransformerConfig):
         for option, (present, reason) in refused.items():
             if present:
                 raise ValueError(f"{option} does not combine with dynamic expert slots: {reason}")
+        if self.anyexperts_balance == "copies":
+            self._refuse_with_copies()
         if (
             self.moe_router_score_function == "softmax"
             and not self.moe_router_pre_softmax
@@ -281,6 +290,28 @@ class AnyExpertsConfig(TransformerConfig):
                 "anyexperts_slot_gradient=none and anyexperts_alpha=0 leave the importance module without a gradient; "
                 "change one of them, or add a budget or spread loss"
             )
+
+    def _refuse_with_copies(self) -> None:
+        refused = {
+            "fp8 or fp4": (
+                self.fp8 or self.fp4,
+                "a quantised layer keeps scales of its own weights, and a copy's weights are others each time",
+            ),
+            "delay_wgrad_compute": (
+                self.delay_wgrad_compute,
+                "gradients of copies go home inside the backward pass of the layer, and would be late",
+            ),
+            "use_transformer_engine_op_fuser": (
+                self.use_transformer_engine_op_fuser,
+                "the fused experts hold their weights themselves, and a copy's are handed in",
+            ),
+        }
+        for option, (present, reason) in refused.items():
+            if present:
+                raise ValueError(
+                    f"{option} does not combine with anyexperts_balance=copies: {reason}; use "
+                    "anyexperts_balance=reroute with anyexperts_dispatch_eps"
+                )
 
     def _graphs_spare_moe(self) -> bool:
         names = {getattr(module, "name", module) for module in self.cuda_graph_modules or ()}

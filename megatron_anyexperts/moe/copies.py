@@ -14,7 +14,7 @@ experts, `C` copies, `G` targets: the owners of experts with copies, and the cop
 
 import heapq
 from bisect import bisect_left, insort
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -42,8 +42,16 @@ class CopyPlan:
     flow_GS: np.ndarray
     copies: int
 
+    def load(self, load_E: np.ndarray, ranks: int) -> np.ndarray:
+        """int64 [P], slots of each rank under the plan, of the slots [E] of each expert."""
+        kept_E = load_E.copy()
+        kept_E[self.expert_G] = 0
+        load_P = kept_E.reshape(ranks, -1).sum(1)
+        np.add.at(load_P, self.rank_G, self.flow_GS.sum(1))
+        return load_P
 
-def plan_copies(counts_SE: np.ndarray, ranks: int, copies_per_rank: int, eps: float) -> CopyPlan:
+
+def plan_copies(counts_SE: np.ndarray, ranks: int, copies_per_rank: int, eps: float, least: int = 1) -> CopyPlan:
     """Plan copies that bring every rank to at most ``ceil((1 + eps) * total / ranks)`` slots, or as near as they can.
 
     Args:
@@ -51,6 +59,7 @@ def plan_copies(counts_SE: np.ndarray, ranks: int, copies_per_rank: int, eps: fl
         ranks: expert ranks `P`; rank `p` owns experts ``[p * E / P, (p + 1) * E / P)``.
         copies_per_rank: most copies that a rank holds.
         eps: allowed excess over the mean.
+        least: fewest slots that a copy is made for, 1 or more. A rank whose excess is smaller keeps it.
 
     Raises:
         ValueError: the ranks do not divide the experts and the sources, or `copies_per_rank` is negative.
@@ -67,28 +76,31 @@ def plan_copies(counts_SE: np.ndarray, ranks: int, copies_per_rank: int, eps: fl
     if top <= goal or copies_per_rank == 0:
         return _with_flows(counts_SE, ranks, [], max(top, goal))
     load = load_E.tolist(), load_P.tolist()
-    cap, copies = goal, _place(*load, copies_per_rank, goal)
+    cap, copies = goal, _place(*load, copies_per_rank, goal, least)
     if copies is None:
         missed, cap, copies = goal, top, []
         for _ in range(_BISECTIONS):
             if cap - missed <= 1:
                 break
             middle = (missed + cap) // 2
-            found = _place(*load, copies_per_rank, middle)
+            found = _place(*load, copies_per_rank, middle, least)
             if found is None:
                 missed = middle
             else:
                 cap, copies = middle, found
-    return _with_flows(counts_SE, ranks, copies, cap)
+    plan = _with_flows(counts_SE, ranks, copies, cap)
+    return plan if least == 1 else replace(plan, cap=max(cap, int(plan.load(load_E, ranks).max())))
 
 
-def _place(load_E: list[int], load_P: list[int], copies_per_rank: int, cap: int) -> list[tuple[int, int, int]] | None:
-    copies = place_copies(load_E, load_P, copies_per_rank, cap)
-    return place_copies(load_E, load_P, copies_per_rank, cap, fill=True) if copies is None else copies
+def _place(
+    load_E: list[int], load_P: list[int], copies_per_rank: int, cap: int, least: int
+) -> list[tuple[int, int, int]] | None:
+    copies = place_copies(load_E, load_P, copies_per_rank, cap, least=least)
+    return place_copies(load_E, load_P, copies_per_rank, cap, True, least) if copies is None else copies
 
 
 def place_copies(
-    load_E: list[int], load_P: list[int], copies_per_rank: int, cap: int, fill: bool = False
+    load_E: list[int], load_P: list[int], copies_per_rank: int, cap: int, fill: bool = False, least: int = 1
 ) -> list[tuple[int, int, int]] | None:
     """Copies as (expert, rank, slots) that leave no rank more than `cap` slots; None where the rooms do not suffice.
 
@@ -99,6 +111,7 @@ def place_copies(
         cap: most slots of a rank.
         fill: a copy takes all that its rank has room for, so that the owner may take copies of others in its turn;
             holds more, with more slots moved.
+        least: fewest slots of a copy; what a rank has over the cap below that it keeps.
     """
     local = len(load_E) // len(load_P)
     excess = [(cap - load, rank) for rank, load in enumerate(load_P) if load > cap]  # a heap of negative numbers
@@ -117,10 +130,13 @@ def place_copies(
         (surplus, owner), heap = excess[0], experts[excess[0][1]]
         left, expert = heap[0]
         give = min(-surplus, -left)
+        if give < least:
+            heapq.heappop(excess)
+            continue
         at = bisect_left(rooms, (give, -1))
         room, rank = rooms.pop(at if at < len(rooms) else -1)
         give = min(-left if fill else give, room)
-        if give == 0:
+        if give < least:
             return None
         copies.append((expert, rank, give))
         used[rank] += 1

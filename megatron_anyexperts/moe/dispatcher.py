@@ -232,7 +232,8 @@ class SlotDispatcher:
 
     def _plan_copies(self, counts_SE: Tensor) -> tuple[CopyPlan | None, PhysicalExperts | None]:
         """The plan and its columns, on the host; None where no copy helps."""
-        plan = plan_copies(counts_SE.numpy(), self.ep_size, self.places, self.config.anyexperts_copies_eps)
+        eps, least = self.config.anyexperts_copies_eps, self.config.anyexperts_copies_min_slots
+        plan = plan_copies(counts_SE.numpy(), self.ep_size, self.places, eps, least)
         if not plan.copies:
             return None, None
         return plan, lay_out(counts_SE.numpy(), self.ep_size, self.places, plan)

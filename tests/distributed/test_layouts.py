@@ -46,13 +46,18 @@ ROUTING = {
 
 @dataclass
 class Layout:
-    """Sizes as Megatron takes them; data parallelism is what is left of the world."""
+    """Sizes as Megatron takes them; data parallelism is what is left of the world.
+
+    With `copies` a rank holds up to so many experts of others, mixture layers are recomputed, and gradients are reduced
+    while the backward pass runs.
+    """
 
     tensor: int = 1
     pipeline: int = 1
     virtual: int | None = None
     expert: int = 1
     expert_tensor: int = 1
+    copies: int = 0
     pattern: str = "*E*E*E*E"
 
     def start(self) -> None:
@@ -80,6 +85,7 @@ class Layout:
             expert_model_parallel_size=self.expert,
             expert_tensor_parallel_size=self.expert_tensor,
             **ROUTING,
+            **self._with_copies(),
         )
         return [
             HybridModel(
@@ -95,6 +101,18 @@ class Layout:
             )
             for stage in range(self.virtual or 1)
         ]
+
+
+    def _with_copies(self) -> dict:
+        if not self.copies:
+            return {}
+        return {
+            "anyexperts_balance": "copies",
+            "anyexperts_copies_eps": 0.0,
+            "anyexperts_copies_per_rank": self.copies,
+            "recompute_granularity": "selective",
+            "recompute_modules": ["moe"],
+        }
 
 
 def _batch(step: int, microbatch: int) -> dict[str, torch.Tensor]:
@@ -199,8 +217,10 @@ def _train(layout: Layout, before: dict) -> tuple[list[float], list[float], list
         for _, tensor, expected in _each(chunks, before):
             tensor.copy_(expected)
     config = chunks[0].config
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=layout.copies > 0)
     wrapped = [DistributedDataParallel(config, ddp, chunk) for chunk in chunks]
+    if ddp.overlap_grad_reduce:
+        config.no_sync_func = [chunk.no_sync for chunk in wrapped] if layout.virtual else wrapped[0].no_sync
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -265,15 +285,15 @@ def _compare(rank: int, world_size: int, layouts: list[Layout]) -> int:
     ("world_size", "layouts"),
     [
         (2, [Layout(), Layout(expert=2), Layout(tensor=2, expert=2)]),
-        (4, [Layout(expert=4), Layout(expert=2)]),
+        (4, [Layout(expert=4, copies=2), Layout(expert=2), Layout(expert=2, copies=1)]),
         (
             4,
             [
                 Layout(pipeline=2, expert=2, pattern="*E*E|*E*E"),
-                Layout(pipeline=2, virtual=2, expert=2, pattern="*E|*E|*E|*E"),
+                Layout(pipeline=2, virtual=2, expert=2, copies=1, pattern="*E|*E|*E|*E"),
             ],
         ),
-        (4, [Layout(tensor=2, expert=4), Layout(tensor=2, expert=2, expert_tensor=2)]),
+        (4, [Layout(tensor=2, expert=4), Layout(tensor=2, expert=2, expert_tensor=2, copies=1)]),
     ],
     ids=["DP2, EP2, TP2+SP x EP2", "EP4, EP2 x DP2", "PP2 x EP2, plain and interleaved", "TP2+SP x EP4, x EP2 x ETP2"],
 )

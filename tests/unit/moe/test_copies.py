@@ -40,16 +40,6 @@ def demands(draw, most_ranks=256, most_experts=1024):
     return counts_SE.astype(np.int64), ranks
 
 
-def _load(counts_SE, plan, ranks):
-    """Slots of each rank, counted from the flows."""
-    local = counts_SE.shape[1] // ranks
-    kept_E = counts_SE.sum(0)
-    kept_E[plan.expert_G] = 0
-    load_P = kept_E.reshape(ranks, local).sum(1)
-    np.add.at(load_P, plan.rank_G, plan.flow_GS.sum(1))
-    return load_P
-
-
 @given(demands(), st.integers(0, 4), st.sampled_from([0.0, 0.02, 0.05, 0.3]))
 def test_flows_are_whole_numbers_that_carry_every_slot_to_the_owner_or_a_copy(demand, per_rank, eps):
     counts, ranks = demand
@@ -70,7 +60,7 @@ def test_flows_are_whole_numbers_that_carry_every_slot_to_the_owner_or_a_copy(de
 def test_no_rank_is_over_the_cap_of_the_plan_and_none_is_worse_off_than_the_fullest_was(demand, per_rank, eps):
     counts, ranks = demand
     plan = plan_copies(counts, ranks, per_rank, eps)
-    before, after = counts.sum(0).reshape(ranks, -1).sum(1), _load(counts, plan, ranks)
+    before, after = counts.sum(0).reshape(ranks, -1).sum(1), plan.load(counts.sum(0), ranks)
     goal = slot_cap(int(counts.sum()), ranks, eps)
     assert after.sum() == before.sum() and after.max() <= plan.cap <= max(goal, before.max())
     if before.max() <= goal:
@@ -105,7 +95,7 @@ def test_a_place_for_every_expert_reaches_any_cap(demand):
     experts = counts.shape[1]
     for eps in (0.0, 0.05):
         plan = plan_copies(counts, ranks, experts, eps)
-        assert _load(counts, plan, ranks).max() <= slot_cap(int(counts.sum()), ranks, eps)
+        assert plan.load(counts.sum(0), ranks).max() <= slot_cap(int(counts.sum()), ranks, eps)
 
 
 def _fewest_copies(load_E, ranks, per_rank, cap) -> int | None:
@@ -167,3 +157,18 @@ def test_a_full_rank_may_take_a_copy_once_it_has_handed_on_more_than_its_surplus
 def test_ranks_that_do_not_divide_experts_or_sources_are_refused():
     with pytest.raises(ValueError, match="3 ranks cannot be planned for 8 experts and 2 sources"):
         plan_copies(np.zeros((2, 8), np.int64), 3, 1, 0.05)
+
+
+@given(demands(), st.integers(1, 4), st.sampled_from([0.0, 0.05]), st.sampled_from([2, 20, 300]))
+def test_no_copy_has_fewer_slots_than_the_least_and_the_rank_over_the_cap_keeps_less_than_that(
+    demand, per_rank, eps, least
+):
+    counts, ranks = demand
+    plan = plan_copies(counts, ranks, per_rank, eps, least)
+    load_P = plan.load(counts.sum(0), ranks)
+    away = plan.rank_G != plan.expert_G // (counts.shape[1] // ranks)
+    assert load_P.sum() == counts.sum() and load_P.max() <= plan.cap
+    assert (plan.flow_GS.sum(1)[away] >= least).all()
+    unpriced = plan_copies(counts, ranks, per_rank, eps)
+    assert plan.copies == 0 or load_P.max() < counts.reshape(len(counts), ranks, -1).sum((0, 2)).max()
+    assert unpriced.cap <= plan.cap
