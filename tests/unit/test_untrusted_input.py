@@ -38,6 +38,7 @@ RUNS_CODE = {
 EXCEPTIONS = {
     ("megatron_anyexperts/checks/doctor.py", "importlib.import_module"): "names of packages in its own table",
     ("megatron_anyexperts/platform/cpu.py", "importlib.import_module"): "names of modules in its own table",
+    ("megatron_anyexperts/platform/seams.py", "importlib.import_module"): "names of modules in its own table",
     ("megatron_anyexperts/completion.py", "importlib.import_module"): "names of modules in its own table",
     ("megatron_anyexperts/corpus/sources/base.py", "os.walk"): "where the corpus says `follow_links: true`",
 }

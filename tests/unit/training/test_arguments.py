@@ -74,7 +74,7 @@ def test_the_documented_changes_of_a_schedule_are_flags(monkeypatch):
     page = Path("docs/survival.md").read_text().split("## Extending a run")[1].split("\n## ")[0]
     [command] = re.findall(r"```\n(.*?)```", page, re.DOTALL)
     words = shlex.split(command.replace("\\\n", " ").split("pretrain_multimodal.py")[1])
-    assert merge(words)[-3:] == ["--train-iters", "320", "--change-schedule"]
+    assert merge(words)[-3:] == ["--train-iters", "480", "--change-schedule"]
     others = [shlex.split(each) for each in re.findall(r"`(--[^`]* --change-schedule)`", page)]
     assert len(others) == 2
     for flags in others:
