@@ -152,7 +152,7 @@ class SlotDispatcher:
                 f"share of num_moe_experts={config.num_moe_experts} over expert_model_parallel_size={self.ep_size}; "
                 "use an expert parallel size that divides the number of experts"
             )
-        self.num_local_experts = num_local_experts
+        self.num_local_experts, self.local = num_local_experts, slice(first, first + num_local_experts)
         eps = config.anyexperts_dispatch_eps
         self.eps = None if eps is None or math.isinf(eps) or self.ep_size == 1 else eps
         self.align = get_align_size_for_quantization(config) if config.moe_router_padding_for_quantization else 0

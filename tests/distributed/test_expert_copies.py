@@ -129,8 +129,9 @@ def test_outputs_and_gradients_are_those_without_copies_and_ranks_are_level(rank
 
 def _with_cap(rank: int, ranks: int) -> tuple[int, int, int, int]:
     initialize(1, ranks)
-    case = Case([64], [0, 1, 2])
-    few = COPIES | {"anyexperts_copies_min_slots": 60, "anyexperts_dispatch_eps": 0.0}
+    # The rank that nobody prefers can hold one copy, and no expert has as many slots as it could compute.
+    case = Case([64], [0, 1, 2, 3, 4, 5])
+    few = COPIES | {"anyexperts_copies_per_rank": 1, "anyexperts_dispatch_eps": 0.0}
     *_, loads = _run(case, rank, ranks, few)
     load = loads[0]
     assert load.received_P.max() <= load.cap and load.received_P.sum() + load.displaced == load.demanded_P.sum()
