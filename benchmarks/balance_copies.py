@@ -42,7 +42,8 @@ def copied(setting: Setting, workload: str, steps: int, eps: float) -> str:
             break
     fullest, copies, most_of_one, moved, total = 0.0, 0, 0, 0, 0
     for counts_SE, plan in zip(counts, plans, strict=True):
-        load_P, owner_G = plan.load(counts_SE.sum(0), setting.ranks), plan.expert_G // (counts_SE.shape[1] // setting.ranks)
+        load_P = plan.load(counts_SE.sum(0), setting.ranks)
+        owner_G = plan.expert_G // (counts_SE.shape[1] // setting.ranks)
         assert load_P.sum() == counts_SE.sum(), "slots vanished"
         away_G = plan.rank_G != owner_G
         fullest = max(fullest, load_P.max() / load_P.mean())

@@ -12,7 +12,7 @@ def summarise(
     modalities: tuple[str, ...],
     sums_LMF: Tensor,
     experts_LE: Tensor,
-    load_L5: Tensor,
+    load_L6: Tensor,
     peak_L: Tensor,
     nonfinite_L: Tensor,
     k_max: int,
@@ -23,7 +23,8 @@ def summarise(
         modalities: names of the M rows.
         sums_LMF: per layer and modality: `SUMS`, then token counts by slots 0..k_max and by real slots 0..k_max.
         experts_LE: slots received per expert, counted once per rank of an expert-parallel group.
-        load_L5: per layer sums of: observations, received max/mean, demanded max/mean, rerouted, displaced slots.
+        load_L6: per layer sums of: observations, received max/mean, demanded max/mean, and slots rerouted, displaced,
+            copied.
         peak_L: highest received max/mean.
         nonfinite_L: tokens that were NaN or Inf, which are in none of the other sums.
         k_max: most slots of a token.
@@ -33,7 +34,7 @@ def summarise(
         and modalities with tokens. N is that of the layer with the most. S has tokens (over layers: token-layer pairs),
         slots, real, virtual (means), importance, importance_std, slots_histogram and real_histogram (counts by number
         of slots). D has rank_max_over_mean, rank_max_over_mean_peak, demanded_max_over_mean, expert_max_over_mean,
-        rerouted_share and displaced_share (of the slots received). A layer
+        rerouted_share, displaced_share and copied_share (of the slots received). A layer
         has experts_over_mean as well: for each expert, the slots it received over the mean of all.
     """
     present = [layer for layer in range(len(sums_LMF)) if sums_LMF[layer, :, 0].sum() > 0]
@@ -47,7 +48,7 @@ def summarise(
         for name, row in zip(modalities, sums_MF, strict=True):
             if row[0] > 0:
                 result[name] = _tokens(row, k_max)
-        seen, received, demanded, rerouted, displaced = load_L5[layers].sum(0).tolist()
+        seen, received, demanded, rerouted, displaced, copied = load_L6[layers].sum(0).tolist()
         slots = max(experts_LE[layers].sum().item(), 1)
         busy_LE = experts_LE[layers]
         result["load"] = {
@@ -57,6 +58,7 @@ def summarise(
             "expert_max_over_mean": (busy_LE.amax(1) / busy_LE.mean(1).clamp(min=1e-9)).mean().item(),
             "rerouted_share": rerouted / slots,
             "displaced_share": displaced / slots,
+            "copied_share": copied / slots,
         }
         return result
 
@@ -142,4 +144,5 @@ def console_line(summary: dict[str, Any]) -> str:
     return line + (
         f" rank load max/mean: {load['rank_max_over_mean']:.3f} (peak {load['rank_max_over_mean_peak']:.3f}) |"
         f" rerouted: {load['rerouted_share']:.2%} | displaced: {load['displaced_share']:.2%} |"
+        f" copied: {load['copied_share']:.2%} |"
     )

@@ -39,8 +39,8 @@ class Tally:
         self.nonfinite_L = torch.zeros(num_layers, dtype=torch.float64, device=device)
         self.sums_LMF = torch.zeros(num_layers, len(modalities), fields, dtype=torch.float64, device=device)
         self.experts_LE = torch.zeros(num_layers, num_experts, dtype=torch.float64, device=device)
-        # observations, received max/mean, demanded max/mean, rerouted, displaced
-        self.load_L5 = torch.zeros(num_layers, 5, dtype=torch.float64, device=device)
+        # observations, received max/mean, demanded max/mean, rerouted, displaced, copied
+        self.load_L6 = torch.zeros(num_layers, 6, dtype=torch.float64, device=device)
         self.peak_L = torch.zeros(num_layers, dtype=torch.float64, device=device)
 
     def add(self, layer_number: int, kinds_T: Tensor, decision: RoutingDecision, load: LoadReport) -> None:
@@ -68,7 +68,8 @@ class Tally:
         self.sums_LMF[layer] += kinds_MT.to(features_TF) @ features_TF
         received, demanded = _imbalance(load.received_P), _imbalance(load.demanded_P)
         one = torch.ones_like(received)
-        self.load_L5[layer] += torch.stack((one, received, demanded, load.rerouted.double(), load.displaced.double()))
+        moved = (count.double() for count in (load.rerouted, load.displaced, load.copied))
+        self.load_L6[layer] += torch.stack((one, received, demanded, *moved))
         self.peak_L[layer] = torch.maximum(self.peak_L[layer], received)
         self.experts_LE[layer] += load.received_E
 
@@ -85,26 +86,27 @@ class Tally:
             load.received_E,
             load.rerouted,
             load.displaced,
+            load.copied,
             self.sums_LMF[layer],
             self.experts_LE[layer],
-            self.load_L5[layer],
+            self.load_L6[layer],
             self.peak_L[layer],
             self.nonfinite_L[layer],
         )
 
     def drain(self, sum_groups: list[torch.distributed.ProcessGroup]) -> dict[str, Any]:
         """Reduce over `sum_groups` one after the other, clear, and return the summary; collective."""
-        parts = (self.sums_LMF, self.experts_LE, self.load_L5, self.nonfinite_L)
+        parts = (self.sums_LMF, self.experts_LE, self.load_L6, self.nonfinite_L)
         flat = torch.cat([part.flatten() for part in parts])
         peak_L = self.peak_L.clone()
         for group in sum_groups:
             torch.distributed.all_reduce(flat, group=group)
             torch.distributed.all_reduce(peak_L, op=torch.distributed.ReduceOp.MAX, group=group)
         split = flat.cpu().split([part.numel() for part in parts])
-        sums_LMF, experts_LE, load_L5, nonfinite_L = (x.view(part.shape) for x, part in zip(split, parts, strict=True))
+        sums_LMF, experts_LE, load_L6, nonfinite_L = (x.view(part.shape) for x, part in zip(split, parts, strict=True))
         for part in (*parts, self.peak_L):
             part.zero_()
-        return summarise(self.modalities, sums_LMF, experts_LE, load_L5, peak_L.cpu(), nonfinite_L, self.k_max)
+        return summarise(self.modalities, sums_LMF, experts_LE, load_L6, peak_L.cpu(), nonfinite_L, self.k_max)
 
 
 def _imbalance(load_P: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ def _imbalance(load_ptr, P: tl.constexpr, P2: tl.constexpr):
 @triton.jit
 def add_figures(
     kinds_ptr, slots_ptr, importance_ptr, map_ptr, broken_ptr, received_ptr, demanded_ptr, experts_ptr, rerouted_ptr,
-    displaced_ptr, sums_ptr, to_experts_ptr, load_ptr, peak_ptr, nonfinite_ptr,
+    displaced_ptr, copied_ptr, sums_ptr, to_experts_ptr, load_ptr, peak_ptr, nonfinite_ptr,
     T, kinds_stride,
     E: tl.constexpr, E2: tl.constexpr, P: tl.constexpr, P2: tl.constexpr, M: tl.constexpr, FIELDS: tl.constexpr,
     BINS: tl.constexpr, BINS2: tl.constexpr, BROKEN: tl.constexpr, TOKENS: tl.constexpr,
@@ -55,6 +55,7 @@ def add_figures(
         tl.store(load_ptr + 2, tl.load(load_ptr + 2) + demanded)
         tl.store(load_ptr + 3, tl.load(load_ptr + 3) + tl.load(rerouted_ptr).to(tl.float64))
         tl.store(load_ptr + 4, tl.load(load_ptr + 4) + tl.load(displaced_ptr).to(tl.float64))
+        tl.store(load_ptr + 5, tl.load(load_ptr + 5) + tl.load(copied_ptr).to(tl.float64))
         tl.store(peak_ptr, tl.maximum(tl.load(peak_ptr), received))
         expert = tl.arange(0, E2)
         before = tl.load(to_experts_ptr + expert, expert < E, 0.0)

@@ -138,7 +138,7 @@ from megatron_anyexperts.moe.tally_kernel import add_figures
 
 sizes |= {"P": 8, "P2": 8, "M": 4, "FIELDS": 31, "BINS": 13, "BINS2": 16, "BROKEN": True}
 doubles = ("to_experts", "load", "peak", "nonfinite")
-counts = ("received", "demanded", "experts", "rerouted", "displaced")
+counts = ("received", "demanded", "experts", "rerouted", "displaced", "copied")
 for kernel, scores in ((kernels.route_forward, (0, 2)), (kernels.route_backward, (0, 2)), (add_figures, (0,))):
     if kernel is add_figures:
         types |= {name + "_ptr": "*fp64" for name in doubles} | {name + "_ptr": "*i64" for name in counts}
