@@ -85,7 +85,7 @@ def rows(cuda: bool, fp8_recipes: tuple[str, ...], fusion: bool = False) -> list
     stock = Row("stock top-k, fp32, local", STOCK | FP32)
     plan = [fp32, bf16, stock, Row("static, fp32, local", STATIC | FP32, stock.name, 1e-5, 0.99999)]
     if cuda:
-        operators = DYNAMIC | FP32 | {"anyexperts_router_kernel": "off"}
+        operators = DYNAMIC | FP32 | {"anyexperts_kernels": "off"}
         plan.append(Row("dynamic, fp32, local, no kernels", operators, fp32.name, 1e-4, 0.9999))
         te = Row("dynamic, bf16, TE", DYNAMIC | BF16 | TE, bf16.name, 0.02, 0.98)
         stock_te = Row("stock top-k, bf16, TE", STOCK | BF16 | TE)

@@ -1,12 +1,12 @@
 """Every option of dynamic routing, declared once: the dataclass makes the command line, its help and its checks."""
 
-import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_anyexperts.moe.kernels import HAS_TRITON
 from megatron_anyexperts.moe.slots import virtual_cap
 
 
@@ -85,10 +85,10 @@ class AnyExpertsConfig(TransformerConfig):
     anyexperts_spread_target: float = 0.15
     """Standard deviation of importance at which the spread loss vanishes, in (0, 0.5]."""
 
-    anyexperts_router_kernel: Literal["auto", "off", "on"] = "auto"
-    """One Triton kernel from logits to gates and slots, one for its gradient, one for figures. auto: on a GPU, where
-    settings allow; off: torch operators, which define the result; on: on a CPU too, in Triton's interpreter
-    (TRITON_INTERPRET=1)."""
+    anyexperts_kernels: Literal["auto", "off", "on"] = "auto"
+    """Triton kernels for routing, for tokens to slots and back (without --moe-permute-fusion), and for figures. auto:
+    on a GPU, where settings allow; off: torch operators, which define the result; on: on a CPU too, in Triton's
+    interpreter (TRITON_INTERPRET=1)."""
 
     anyexperts_dispatch_eps: float | None = None
     """Cap on what an expert rank may receive: ceil((1 + eps) * real slots / ranks). None or inf: no cap (dropless)."""
@@ -151,9 +151,9 @@ class AnyExpertsConfig(TransformerConfig):
 
     @property
     def anyexperts_no_kernel(self) -> str | None:
-        """Why the router's kernel cannot be used; None if it can."""
+        """Why the router's kernel cannot be used, whatever `anyexperts_kernels` says; None if it can."""
         reasons = {
-            "Triton is not installed": importlib.util.find_spec("triton") is None,
+            "Triton is not installed": not HAS_TRITON,
             "static routing is Megatron's own": self.anyexperts_static,
             "anyexperts_budget_slack ranks all tokens of the microbatch": self.anyexperts_budget_slack is not None,
             "anyexperts_importance_gradient is not plain": self.anyexperts_importance_gradient != "plain",
@@ -280,8 +280,8 @@ class AnyExpertsConfig(TransformerConfig):
                 "anyexperts_importance_gradient=centred centres the gradient of the slot count, and "
                 "anyexperts_slot_gradient=none has none; use fractional or straight_through"
             )
-        if self.anyexperts_router_kernel == "on" and (reason := self.anyexperts_no_kernel):
-            raise ValueError(f"anyexperts_router_kernel=on, but the kernel cannot route here: {reason}; use auto")
+        if self.anyexperts_kernels == "on" and not HAS_TRITON:
+            raise ValueError("anyexperts_kernels=on, but Triton is not installed; use auto or off")
         taught = self.anyexperts_fuses or self.anyexperts_slot_gradient != "none"
         if self.anyexperts_needs_importance and not (
             taught or self.anyexperts_budget_loss_coeff or self.anyexperts_spread_loss_coeff

@@ -30,9 +30,11 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from torch import Tensor
 
+from megatron_anyexperts.moe import fused_permute
 from megatron_anyexperts.moe.copies import CopyPlan, plan_copies
 from megatron_anyexperts.moe.decision import RoutingDecision
 from megatron_anyexperts.moe.host_copy import HostCopy
+from megatron_anyexperts.moe.kernels import has_kernels
 from megatron_anyexperts.moe.physical_experts import PhysicalExperts, lay_out, on_physical_experts
 from megatron_anyexperts.moe.quotas import plan_dispatch, share_wanted, slot_cap
 from megatron_anyexperts.moe.reroute import FittedSlots, fit_to_plan, place, wanted, with_gates
@@ -172,6 +174,10 @@ class SlotDispatcher:
             chunks.reshape(width, -1).T.ravel(),
         )
 
+    def _sorts(self, columns: _Columns) -> bool:
+        """Whether what arrives must be sorted by expert: from one source it is."""
+        return columns.width > 1 and self.ep_size * self.tp_size > 1
+
     def dispatch(self, hidden_TH: Tensor, decision: RoutingDecision) -> Dispatched:
         """Send each real slot of `decision` to its expert's rank.
 
@@ -218,7 +224,8 @@ class SlotDispatcher:
         output_splits = chunks_XPL[self.tp_rank].sum(1).tolist()
         tp_splits = chunks_XPL.sum((1, 2)).tolist()
         fused = self.config.moe_permute_fusion
-        slots, probs, permutation = self._permute(hidden_TH, map_TE, gates_TE, sum(input_splits))
+        counts_E = counts_SE[self.source]
+        slots, probs, permutation = self._permute(hidden_TH, map_TE, gates_TE, counts_E, sum(input_splits))
         chunk_sizes = self._chunks(counts_SE, columns).ravel() if fused else chunks_XPL.ravel()
         splits = input_splits, output_splits, tp_splits
         route = _Route(hidden_TH.shape, columns, map_TE, permutation, *splits, chunk_sizes, gates_TE.dtype)
@@ -226,7 +233,7 @@ class SlotDispatcher:
             self._gather_tp(all_to_all(self.ep_group, x, output_splits, input_splits), tp_splits)
             for x in (slots, probs)
         )
-        if columns.width > 1:
+        if self._sorts(columns):
             slots, probs = sort_chunks_by_idxs(slots, chunk_sizes, columns.by_expert, probs=probs, fused=fused)
         return Dispatched(slots, chunks_XPL.sum((0, 1)), probs, displaced_gate_T, load, plan, route)
 
@@ -258,23 +265,28 @@ class SlotDispatcher:
                 return with_gates(decision, fitted_TE, k_max), counts_SE, rerouted_S1.sum()
             fitted_TE = place(decision, fitted_TE, room_SP[self.source], k_max)
 
-    def combine(self, expert_output_NH: Tensor, dispatched: Dispatched) -> Tensor:
+    def combine(
+        self, expert_output_NH: Tensor, dispatched: Dispatched, added: tuple[Tensor | None, ...] = (None, None, None)
+    ) -> Tensor:
         """Bring expert outputs back and sum the slots of each token.
 
         Args:
             expert_output_NH: [N, H], outputs for `dispatched.expert_input`, already multiplied by the gates.
             dispatched: what `dispatch` returned.
+            added: only where `has_kernels`: see `fused_permute.unpermute`.
 
         Returns:
             [T, H] in the dtype of the expert output; zero for a token without slots.
         """
         route, x = dispatched.route, expert_output_NH
         fused = self.config.moe_permute_fusion
-        if route.columns.width > 1:
+        if self._sorts(route.columns):
             by_source = route.chunk_sizes.view(-1, route.columns.width).T.ravel()
             x, _ = sort_chunks_by_idxs(x, by_source, route.columns.by_source, fused=fused)
         x = self._reduce_tp(x, route)
         x = all_to_all(self.ep_group, x, route.input_splits, route.output_splits)
+        if self.has_kernels(x):
+            return fused_permute.unpermute(x, route.permutation, *added)
         return unpermute(x, route.permutation, restore_shape=route.shape, routing_map=route.routing_map_TE, fused=fused)
 
     def _gather(self, counts: Tensor) -> Tensor:
@@ -308,10 +320,18 @@ class SlotDispatcher:
         padded_TE = pad_routing_map(map_TE.clone(), align)
         return gates_TE.masked_fill(~map_TE, 0), padded_TE
 
-    def _permute(self, hidden_TH: Tensor, map_TE: Tensor, gates_TE: Tensor, slots: int) -> tuple[Tensor, ...]:
+    def has_kernels(self, tensor: Tensor) -> bool:
+        """Whether slots are laid out by our own kernels; Transformer Engine's come first."""
+        return not self.config.moe_permute_fusion and has_kernels(self.config.anyexperts_kernels, tensor)
+
+    def _permute(
+        self, hidden_TH: Tensor, map_TE: Tensor, gates_TE: Tensor, counts_E: Tensor, slots: int
+    ) -> tuple[Tensor, ...]:
         """Slots sorted by expert, their gates, and the permutation that `unpermute` reverts."""
         if self.config.moe_permute_fusion:
             return permute(hidden_TH, map_TE, probs=gates_TE, num_out_tokens=slots, fused=True)[:3]
+        if self.has_kernels(hidden_TH):
+            return fused_permute.permute(hidden_TH, gates_TE, map_TE, counts_E, slots)
         # The stock unfused path sorts all T x E flags; the number of slots is known here, so finding them is enough.
         expert_N, token_N = torch.nonzero_static(map_TE.T, size=slots).unbind(1)
         # Flat, because the backward of an index of two tensors sorts them on a GPU.

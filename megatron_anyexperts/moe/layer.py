@@ -146,10 +146,17 @@ class AnyExpertsMoELayer(MoELayer):
         self, expert_output_NH: Tensor, dispatched: Dispatched, hidden_TH: Tensor, decision: RoutingDecision
     ) -> Tensor:
         """Bring expert outputs back, [N, H] -> [T, H], and add the virtual slots of h' [T, H]; stages 4 and 5."""
+        gates = [gate for gate in (decision.virtual_gate_T, dispatched.displaced_gate_T) if gate is not None]
+        gate_T = sum(gates[1:], gates[0]) if gates else None
+        if self.dispatcher.has_kernels(hidden_TH) and not self.config.moe_latent_size:
+            here = gate_T is not None and self.virtual.kind == "identity"
+            added = (hidden_TH, gate_T) if here else (None, None)
+            output_TH = self.dispatcher.combine(expert_output_NH, dispatched, (*added, decision.nonfinite_T))
+            # NaN stays NaN whatever is added to it.
+            return output_TH if here or gate_T is None else self.virtual(output_TH, hidden_TH, gate_T)
         output_TH = self.dispatcher.combine(expert_output_NH, dispatched)
         if self.config.moe_latent_size:
             output_TH, _ = self.fc2_latent_proj(output_TH)
-        gates = [gate for gate in (decision.virtual_gate_T, dispatched.displaced_gate_T) if gate is not None]
-        if gates:
-            output_TH = self.virtual(output_TH, hidden_TH, sum(gates))
+        if gate_T is not None:
+            output_TH = self.virtual(output_TH, hidden_TH, gate_T)
         return output_TH.masked_fill(decision.nonfinite_T.unsqueeze(1), float("nan"))

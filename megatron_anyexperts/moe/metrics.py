@@ -139,8 +139,8 @@ class RoutingTracker(MoEMetricsTracker):
         self.num_layers = config.num_layers + (config.mtp_num_layers or 0)
         device = torch.cuda.current_device()
         sizes = (modalities, self.num_layers, config.anyexperts_k_max or 0, config.num_moe_experts or 0, device)
-        kernel = config.anyexperts_router_kernel
-        self.tallies = {"train": Tally(*sizes, kernel), "eval": Tally(*sizes, kernel)}
+        kernels = config.anyexperts_kernels
+        self.tallies = {"train": Tally(*sizes, kernels), "eval": Tally(*sizes, kernels)}
         self.extra_losses = [
             name
             for name, coeff in (

@@ -13,6 +13,8 @@ it by at least 1/b, which float64 resolves while a < 2**52. It runs on the deman
 GPU with its host.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -77,13 +79,13 @@ def plan_dispatch(demand_SP: Tensor, cap: Tensor | int) -> DispatchPlan:
     ranks = demand_SP.shape[1]
     load_P = demand_SP.sum(0)
     cap = torch.as_tensor(cap, dtype=torch.int64, device=demand_SP.device)
-    if demand_SP.device.type == "cpu" and cap * ranks < load_P.sum():
+    if on_host(demand_SP) and cap * ranks < load_P.sum():
         raise ValueError(
             f"cap={cap.item()} on {ranks} expert ranks holds {cap.item() * ranks} slots, but {load_P.sum().item()} are "
             f"to be sent; use a cap of at least {-(-load_P.sum().item() // ranks)}"
         )
     rank_P = torch.arange(ranks, device=demand_SP.device)
-    if demand_SP.device.type == "cpu":  # on a GPU, picking the ranks over the cap would synchronise
+    if on_host(demand_SP):  # on a GPU, picking the ranks over the cap would synchronise
         rank_P = rank_P[load_P > cap]
     quota_SP = demand_SP.clone()
     quota_SP[:, rank_P] = _largest_remainder(demand_SP, torch.minimum(load_P, cap), rank_P)
@@ -139,9 +141,28 @@ def _share_room(given_up_S: Tensor, room_P: Tensor) -> Tensor:
     return (marks_SP[1:] - marks_SP[:-1]).long()
 
 
+_as_on_gpu = False
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether asking for values of a tensor is cheap: it lies on the CPU."""
+    return tensor.device.type == "cpu" and not _as_on_gpu
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Take the way that waits for no device on a CPU too: to count and to test it."""
+    global _as_on_gpu
+    before, _as_on_gpu = _as_on_gpu, True
+    try:
+        yield
+    finally:
+        _as_on_gpu = before
+
+
 def sort_rows(key: Tensor) -> Tensor:
     """Rows of `key` [N, M] in ascending order."""
     # numpy's vectorised sort takes a tenth of torch's time on a CPU.
-    if key.device.type == "cpu":
+    if on_host(key):
         return torch.from_numpy(np.sort(key.numpy(), axis=1))
     return key.sort(dim=1).values

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_anyexperts.moe.admission import admit, best
 from megatron_anyexperts.moe.decision import RoutingDecision
-from megatron_anyexperts.moe.quotas import DispatchPlan, share_wanted, sort_rows
+from megatron_anyexperts.moe.quotas import DispatchPlan, on_host, share_wanted, sort_rows
 
 # Independent tokens need few. Tokens that all want the same experts gain from more (at EP 8 from 1.31 to 1.18 times the
 # least lost gate mass with 32), at half as much time again.
@@ -177,7 +177,7 @@ def with_gates(decision: RoutingDecision, fitted_TE: Tensor, k_max: int) -> Fitt
 
 def _rows(flag_T: Tensor, asking: bool = False) -> Tensor:
     # On a GPU, picking rows would wait for the device: all of them are worked on instead.
-    if asking or flag_T.device.type == "cpu":
+    if asking or on_host(flag_T):
         return flag_T.nonzero().flatten()
     return torch.arange(len(flag_T), device=flag_T.device)
 

@@ -17,6 +17,7 @@ from megatron_anyexperts.moe.controllers import RouterControl
 from megatron_anyexperts.moe.decision import RoutingDecision
 from megatron_anyexperts.moe.fused_route import route
 from megatron_anyexperts.moe.importance import CentredGradient
+from megatron_anyexperts.moe.kernels import has_kernels
 from megatron_anyexperts.moe.losses import TokenWeights
 from megatron_anyexperts.moe.precision import KeepsPrecision
 from megatron_anyexperts.moe.router_losses import RouterLosses
@@ -68,7 +69,7 @@ class AnyExpertsRouter(KeepsPrecision, RouterLosses):
             self.virtual_weight.sequence_parallel = config.sequence_parallel
         self.control = RouterControl(config)
         self.needs_fallback = config.anyexperts_dispatch_eps is not None
-        self.fusible = config.anyexperts_router_kernel != "off" and config.anyexperts_no_kernel is None
+        self.fusible = config.anyexperts_no_kernel is None
         self._filler: Tensor | None = None
 
     def gating(self, input: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ class AnyExpertsRouter(KeepsPrecision, RouterLosses):
 
     def _fuses(self, tensor: Tensor) -> bool:
         # With a load cap the gates that a slot would get elsewhere are needed too; a z-loss reads the logits before.
-        here = tensor.is_cuda or self.config.anyexperts_router_kernel == "on"
+        here = has_kernels(self.config.anyexperts_kernels, tensor)
         z_loss = self.config.moe_z_loss_coeff is not None and self.training
         return self.fusible and here and not self.needs_fallback and not z_loss
 

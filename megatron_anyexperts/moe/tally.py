@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megatron_anyexperts.moe.fused_tally import add_figures
+from megatron_anyexperts.moe.kernels import has_kernels
 from megatron_anyexperts.moe.summary import SUMS, summarise
 
 if TYPE_CHECKING:
     from megatron_anyexperts.moe.decision import RoutingDecision
     from megatron_anyexperts.moe.dispatcher import LoadReport
-
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class Tally:
@@ -32,9 +29,9 @@ class Tally:
         k_max: int,
         num_experts: int,
         device: torch.device | int | str,
-        kernel: str = "auto",
+        kernels: str = "auto",
     ):
-        self.modalities, self.k_max, self.kernel = modalities, k_max, kernel
+        self.modalities, self.k_max, self.kernels = modalities, k_max, kernels
         fields = len(SUMS) + 2 * (k_max + 1)
         self.nonfinite_L = torch.zeros(num_layers, dtype=torch.float64, device=device)
         self.sums_LMF = torch.zeros(num_layers, len(modalities), fields, dtype=torch.float64, device=device)
@@ -46,7 +43,7 @@ class Tally:
     def add(self, layer_number: int, kinds_T: Tensor, decision: RoutingDecision, load: LoadReport) -> None:
         """Add one microbatch of one layer; tokens that are not finite are counted as such and enter nothing else."""
         layer = layer_number - 1
-        if self.kernel == "on" or self.kernel == "auto" and decision.slots_T.is_cuda and HAS_TRITON:
+        if has_kernels(self.kernels, decision.slots_T):
             return self._add_fused(layer, kinds_T, decision, load)
         if decision.nonfinite_T is not None:
             self.nonfinite_L[layer] += (decision.nonfinite_T & (kinds_T >= 0)).sum()

@@ -12,7 +12,7 @@ def stock(one_rank):
 
 @pytest.fixture
 def ours(one_rank):
-    return count_ours(anyexperts_router_kernel="on")
+    return count_ours(anyexperts_kernels="on")
 
 
 def test_the_router_launches_at_most_a_third_more_than_megatrons(stock, ours):
@@ -31,5 +31,5 @@ def test_a_layer_waits_once(ours):
 
 
 def test_without_the_kernel_the_router_waits_as_little(one_rank):
-    counted = count_ours(anyexperts_router_kernel="off")["router"]
+    counted = count_ours(anyexperts_kernels="off")["router"]
     assert not counted.forward.waits and not counted.backward.waits

@@ -31,7 +31,7 @@ class Writer:
 @pytest.fixture(params=["off", "on"], ids=["operators", "kernel"])
 def setup(one_rank, request):
     losses = {"anyexperts_spread_loss_coeff": 0.1, "anyexperts_spread_target": 0.5}
-    cfg = config(**DYNAMIC, **losses, anyexperts_router_kernel=request.param)
+    cfg = config(**DYNAMIC, **losses, anyexperts_kernels=request.param)
     built = layer(cfg)
     built.importance.down.data.normal_()
     tracker = install_metrics(cfg, MODALITIES)

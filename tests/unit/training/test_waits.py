@@ -37,7 +37,7 @@ def waits_of_a_step(model: torch.nn.Module, batch: Microbatch) -> OperatorCounts
     return counts
 
 
-@pytest.mark.parametrize("routing", [{}, {"anyexperts_router_kernel": "on"}], ids=["operators", "kernel"])
+@pytest.mark.parametrize("routing", [{}, {"anyexperts_kernels": "on"}], ids=["operators", "kernel"])
 def test_a_microbatch_with_media_and_prediction_layers_waits_once_a_mixture_layer(make_model, routing):
     settings = DYNAMIC | routing | {"mtp_num_layers": 1, "anyexperts_target_slots": 1.5}
     with count_operators():  # so that what the model keeps on the host is known to be there
