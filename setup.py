@@ -57,9 +57,14 @@ setup(
             "ninja>=1.11",
             "pybind11>=2.13",
         ],
+        # Reads GGUF files, for `anyexperts convert import`.
+        "gguf": ["gguf>=0.17"],
         "mpi": ["mpi4py>=4.1", "openmpi>=5.0"],
         "dev": [
+            # transformers loads GGUF files with it: what an import of one is compared with.
+            "accelerate>=1.2",
             "boto3>=1.35",
+            "gguf>=0.17",
             "hypothesis>=6.130",
             "mkdocs-gen-files>=0.6",
             "mkdocs-literate-nav>=0.6",

@@ -16,7 +16,8 @@ from megatron_anyexperts.training.arguments import UsageError
 from megatron_anyexperts.weights.checkpoint_stream import Chunk, write_release
 from megatron_anyexperts.weights.families.known import read_config
 from megatron_anyexperts.weights.families.rows import Mapped, copies, mapping
-from megatron_anyexperts.weights.released import FOLDER, load_config, write_companions
+from megatron_anyexperts.weights.gguf_file import GgufFile, tokenizer_of
+from megatron_anyexperts.weights.released import FOLDER, write_companions
 from megatron_anyexperts.weights.sources import Safetensors, Source
 
 
@@ -44,10 +45,10 @@ def import_weights(source: Path, target: Path) -> Path:
     """Turn a Hugging Face directory into a checkpoint for `--load`.
 
     Every tensor keeps its values and its type, except for the expert bias, which becomes fp32, and FP8 weights, which
-    become bf16.
+    become bf16. Tensors of a GGUF file become fp32.
 
     Args:
-        source: directory with config.json and safetensors files.
+        source: directory with config.json and safetensors files, or a GGUF file.
         target: new checkpoint directory; `model.yaml` in it holds the matching Megatron flags, and `hf/` the files
             beside the weights, for export.
 
@@ -57,9 +58,9 @@ def import_weights(source: Path, target: Path) -> Path:
     Raises:
         UsageError: another architecture; unknown, missing or misshapen tensors (all are listed); a checkpoint exists.
     """
-    config = load_config(source / "config.json")
+    weights: Source = GgufFile(source) if source.is_file() else Safetensors(source)
+    config = weights.config
     model, table = read_config(config)
-    weights = Safetensors(source, config)
     boxes = list(mapping(table, model))
     _refuse_tensors(source, weights, boxes, copies(table, model), table.bookkeeping, model.tied)
 
@@ -70,11 +71,16 @@ def import_weights(source: Path, target: Path) -> Path:
         dtype = box.dtype or _dtype(weights, box.names)
         return Chunk(box.key, box.whole, box.offset, box.shape, dtype, partial(make, box, dtype))
 
+    tokenizer = tokenizer_of(source) if isinstance(weights, GgufFile) else None
     flags = model.flags()
     settings = identity.of_flags(flags)
     written = write_release(target, map(chunk, boxes), model.pattern, model.hidden, model.heads, settings)
     (target / "model.yaml").write_text(yaml.safe_dump(flags, sort_keys=False))
     write_companions(config, source, target / FOLDER)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(target / FOLDER)
+        stored = ", ".join(f"{count} {kind}" for kind, count in sorted(weights.quantised().items()))
+        print(f"all tensors are fp32 now; they were {stored}")
     return written
 
 

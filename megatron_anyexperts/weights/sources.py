@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_anyexperts.training.arguments import UsageError
+from megatron_anyexperts.weights.released import load_config
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FP8, _SCALE = "F8_E4M3", "_scale_inv"
@@ -21,6 +21,7 @@ class Source(Protocol):
     """What holds the tensors of a released model."""
 
     names: set[str]
+    config: dict[str, Any]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
@@ -38,17 +39,18 @@ class Safetensors:
     Weights in blocks of FP8, each block with a scale beside the weight (DeepSeek-V3), become bf16 as they are read.
 
     Args:
-        folder: holds `*.safetensors`.
-        config: its config.json, for the size of the blocks.
+        folder: holds config.json and `*.safetensors`.
 
     Attributes:
         names: tensors, without the scales.
+        config: the parsed config.json.
 
     Raises:
         UsageError: no file, a damaged one, or a tensor in two files.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]):
+    def __init__(self, folder: Path):
+        self.config = load_config(folder / "config.json")
         paths = sorted(folder.glob("*.safetensors"))
         if not paths:
             raise UsageError(f"{folder} has no *.safetensors files")
@@ -62,7 +64,7 @@ class Safetensors:
             if twice := sorted(names & self._home.keys()):
                 raise UsageError(f"{path.name} holds {twice[0]}, which another file of {folder} holds as well")
             self._home |= dict.fromkeys(names, file)
-        quantised = config.get("quantization_config") or {}
+        quantised = self.config.get("quantization_config") or {}
         self._block = quantised.get("weight_block_size")
         scales = {name for name in self._home if name.endswith(_SCALE) and name.removesuffix(_SCALE) in self._home}
         self.names = set(self._home) - scales

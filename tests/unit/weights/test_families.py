@@ -27,6 +27,14 @@ TOKENS = torch.randint(SIZES["vocab_size"], (1, 40), generator=torch.Generator()
 FP32 = {"rtol": 1e-4, "atol": 1e-5}
 
 
+def loaded(folder: Path) -> torch.nn.Module:
+    """Our model with the weights of an import."""
+    model = ours(json.loads((folder / "hf/config.json").read_text()))
+    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder / "release"))
+    model.load_state_dict(state["model"])
+    return model
+
+
 class Imported:
     """A released model, its import, and our model with it."""
 
@@ -35,9 +43,7 @@ class Imported:
         self.theirs = released(name, folder / "hf")
         import_weights(folder / "hf", folder / "ours")
         self.config = json.loads((folder / "hf/config.json").read_text())
-        self.model = ours(self.config)
-        state = dist_checkpointing.load({"model": self.model.sharded_state_dict()}, str(folder / "ours/release"))
-        self.model.load_state_dict(state["model"])
+        self.model = loaded(folder / "ours")
 
     def tensors(self, folder: str) -> dict[str, torch.Tensor]:
         return {name: value for file in (self.folder / folder).glob("*.safetensors") for name, value in
