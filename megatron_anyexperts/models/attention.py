@@ -16,7 +16,7 @@ class SDPACoreAttention(torch.nn.Module):
     """Drop-in for Megatron's `DotProductAttention` that never stores the score matrix.
 
     Grouped queries, a boolean mask (true means masked), causal masks with or without cached keys, dropout and a
-    custom softmax scale are supported. It owns no parameters.
+    custom softmax scale are supported; values may have another width than keys. It owns no parameters.
 
     Raises:
         ValueError: a setting that only Transformer Engine's attention implements.
@@ -32,6 +32,8 @@ class SDPACoreAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ):
         super().__init__()
         unsupported = {

@@ -14,6 +14,7 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron_anyexperts.media import MediaShape
 from megatron_anyexperts.models.audio import AudioEncoder
 from megatron_anyexperts.models.encoder import encoder_config
+from megatron_anyexperts.models.latent import refuse_half_latent
 from megatron_anyexperts.models.multimodal import MultimodalModel
 from megatron_anyexperts.models.specs import decoder_stack_spec
 from megatron_anyexperts.models.vision import VisionEncoder
@@ -128,6 +129,7 @@ def refuse_unsupported(pattern: str | None, config: AnyExpertsConfig) -> None:
             "no --hybrid-layer-pattern given; one letter per layer: * attention, - dense MLP, E mixture of experts, "
             "for example '*-*E*E' for three blocks of which the first is dense"
         )
+    refuse_half_latent(pattern, config.multi_latent_attention)
     if config.context_parallel_size > 1:
         raise ValueError(
             f"context_parallel_size={config.context_parallel_size}: the features of images and audio are not split "

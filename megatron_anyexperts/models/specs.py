@@ -35,6 +35,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_anyexperts.models.attention import SDPACoreAttention
+from megatron_anyexperts.models.latent import latent_layer, norm_latents
 from megatron_anyexperts.models.norm import AllHeadsRMSNorm, RMSNorm
 from megatron_anyexperts.moe.spec import moe_spec
 
@@ -88,8 +89,9 @@ def uses_transformer_engine(config: TransformerConfig) -> bool:
 def decoder_stack_spec(config: TransformerConfig, qk_norm_all_heads: bool = False) -> ModuleSpec:
     """Spec of the decoder's layer stack, for `HybridModel(hybrid_stack_spec=...)`.
 
-    The pattern letters `*` (attention), `-` (dense MLP) and `E` (mixture of experts) are served, and the
-    multi-token-prediction block after `/`; the `transformer_engine` spec serves Megatron's other letters as well.
+    The pattern letters `*` (attention), `+` (multi-latent attention), `-` (dense MLP) and `E` (mixture of experts) are
+    served, and the multi-token-prediction block after `/`; the `transformer_engine` spec serves Megatron's other
+    letters as well.
 
     Args:
         config: of class `AnyExpertsConfig` when the pattern has mixture layers.
@@ -107,6 +109,8 @@ def decoder_stack_spec(config: TransformerConfig, qk_norm_all_heads: bool = Fals
 
         submodules = copy.copy(hybrid_stack_spec.submodules)
         norm = TENorm
+    if config.multi_latent_attention and config.qk_layernorm:
+        submodules.mla_layer = norm_latents(submodules.mla_layer, norm)
     if config.num_moe_experts:
         mixture = moe_spec(config, uses_transformer_engine(config))
         moe = TransformerLayerSubmodules(pre_mlp_layernorm=norm, mlp=mixture, mlp_bda=get_bias_dropout_add)
@@ -182,6 +186,7 @@ def _local_submodules(config: TransformerConfig) -> HybridStackSubmodules:
                 sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
             ),
         ),
+        mla_layer=latent_layer(),
         mlp_layer=ModuleSpec(
             module=MLPLayer,
             submodules=TransformerLayerSubmodules(

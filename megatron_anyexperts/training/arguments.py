@@ -174,8 +174,6 @@ def _refuse(args: argparse.Namespace) -> None:
             f"--global-batch-size={args.global_batch_size} contradicts --step-batch-size-schedule "
             f'"{args.step_batch_size_schedule}"; leave one out, such as by --unset global-batch-size'
         )
-    if args.multi_latent_attention:
-        raise UsageError("--multi-latent-attention: its configuration class knows no dynamic slots; leave it out")
     if args.async_save and not has_cuda():
         raise UsageError("--async-save: Megatron's writer process dies without CUDA; save synchronously on CPU")
     if args.async_save and not args.use_persistent_ckpt_worker:

@@ -53,8 +53,11 @@ def transformer_config(args: argparse.Namespace) -> Any:
     """The decoder's `AnyExpertsConfig` from Megatron's arguments."""
     from megatron.training.argument_utils import core_transformer_config_from_args
 
+    from megatron_anyexperts.models.latent import latent_config
     from megatron_anyexperts.moe.config import AnyExpertsConfig
 
+    if args.multi_latent_attention:
+        return latent_config(args)
     return core_transformer_config_from_args(args, config_class=AnyExpertsConfig)
 
 

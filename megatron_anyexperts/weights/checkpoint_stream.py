@@ -71,8 +71,9 @@ def module_states(key: str, whole: tuple[int, ...], offset: tuple[int, ...]) -> 
     if name not in ("weight", "layer_norm_weight") or module.endswith(".router"):
         return []
     modules = [module]
-    if module.endswith(".linear_qkv"):
-        modules.append(f"{module.removesuffix('linear_qkv')}core_attention")
+    parent, _, last = module.rpartition(".")
+    if last in ("linear_qkv", "linear_kv_up_proj"):
+        modules.append(f"{parent}.core_attention")
     stacked = len(whole) == 3  # experts
     box = ((whole[0],), (offset[0],)) if stacked else ((1,), (0,))
     return [ShardedObject(f"{module}._extra_state", None, *box).unique_key for module in modules]

@@ -75,7 +75,8 @@ def import_weights(source: Path, target: Path) -> Path:
     flags = model.flags()
     settings = identity.of_flags(flags)
     written = write_release(target, map(chunk, boxes), model.pattern, model.hidden, model.heads, settings)
-    (target / "model.yaml").write_text(yaml.safe_dump(flags, sort_keys=False))
+    static = {"anyexperts-alpha": 0.0} if model.mixture else {}  # what was released has no importance
+    (target / "model.yaml").write_text(yaml.safe_dump(flags | static, sort_keys=False))
     write_companions(config, source, target / FOLDER)
     if tokenizer is not None:
         tokenizer.save_pretrained(target / FOLDER)

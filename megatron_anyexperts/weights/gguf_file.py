@@ -92,7 +92,9 @@ class GgufFile:
             raise UsageError(f"{path} is no GGUF file that can be read: {error}") from error
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         if metadata.get("split.count", 1) > 1:
-            raise UsageError(f"{path} is one of {metadata['split.count']} files; join them with llama-gguf-split --merge")
+            raise UsageError(
+                f"{path} is one of {metadata['split.count']} files; join them with llama-gguf-split --merge"
+            )
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.config = _config(path, metadata, self._tensors)
         self._home: dict[str, tuple[Any, int | None]] = {}

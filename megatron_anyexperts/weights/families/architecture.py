@@ -20,7 +20,7 @@ class Mixture:
         score: function that makes scores of logits.
         normalised: the gates of a token are divided by their sum.
         scaling: factor on the gates.
-        groups, group_topk: groups of experts and how many of them a token reaches; 0 for no groups.
+        groups, group_topk: groups of experts and how many of them a token reaches; 0 or 1 for no groups.
         expert_bias: a bias that counts for the choice alone.
     """
 
@@ -42,17 +42,51 @@ class Mixture:
         if self.shared_ffn:
             flags["moe-shared-expert-intermediate-size"] = self.shared_ffn
         flags["moe-router-topk"] = self.topk
-        if self.groups:
+        if self.groups > 1:
             flags |= {"moe-router-num-groups": self.groups, "moe-router-group-topk": self.group_topk}
         flags["moe-router-score-function"] = self.score
         if self.score == "softmax" and not self.normalised:
             flags["moe-router-pre-softmax"] = True
         if self.scaling != 1.0:
             flags["moe-router-topk-scaling-factor"] = self.scaling
-        flags["moe-router-dtype"] = "fp32"
+        flags |= {"moe-router-dtype": "fp32", "moe-token-dispatcher-type": "alltoall"}
         if self.expert_bias:
             flags["moe-router-enable-expert-bias"] = True
         return flags
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-latent attention.
+
+    Attributes:
+        query_rank, rank: width of the latent of queries, None for none, and of keys and values.
+        plain, rotated, value: width of a head's part without and with rotary positions, and of its values.
+    """
+
+    query_rank: int | None
+    rank: int
+    plain: int
+    rotated: int
+    value: int
+
+    def flags(self) -> dict[str, Any]:
+        """Megatron's flags of attention."""
+        flags = {"multi-latent-attention": True, "kv-lora-rank": self.rank}
+        if self.query_rank is not None:
+            flags["q-lora-rank"] = self.query_rank
+        return flags | {"qk-head-dim": self.plain, "qk-pos-emb-head-dim": self.rotated, "v-head-dim": self.value}
+
+    def dims(self, heads: int) -> dict[str, int]:
+        """Sizes by the letters that tables of tensors use."""
+        return {
+            "A": self.query_rank or 0,
+            "AQ": heads * (self.plain + self.rotated),
+            "C": self.rank,
+            "CR": self.rank + self.rotated,
+            "CK": heads * (self.plain + self.value),
+            "O": heads * self.value,
+        }
 
 
 @dataclass(frozen=True)
@@ -71,6 +105,7 @@ class Architecture:
         qk_norm: norm of queries and keys: none, over each head, or over all heads together.
         mixture: None for a dense model.
         predictions: multi-token-prediction layers.
+        latent: multi-latent attention, or None for the usual one.
     """
 
     vocabulary: int
@@ -88,12 +123,14 @@ class Architecture:
     qk_norm: Literal["none", "head", "all"] = "none"
     mixture: Mixture | None = None
     predictions: int = 0
+    latent: Latent | None = None
 
     @property
     def pattern(self) -> str:
         """Megatron's `--hybrid-layer-pattern`: two letters a layer."""
-        main = "".join("*-" if self.dense(layer) else "*E" for layer in range(self.layers))
-        return main + "/*E" * self.predictions
+        attention = "+" if self.latent else "*"
+        main = "".join(attention + ("-" if self.dense(layer) else "E") for layer in range(self.layers))
+        return main + f"/{attention}E" * self.predictions
 
     def dense(self, layer: int) -> bool:
         """Whether a layer has a dense FFN; prediction layers are counted behind the others and never have."""
@@ -105,6 +142,8 @@ class Architecture:
         dims = {"V": self.vocabulary, "H": self.hidden, "2H": 2 * self.hidden, "F": self.ffn, "D": self.head}
         dims |= {"Q": self.heads * self.head, "K": self.groups * self.head}
         dims["QKV"] = dims["Q"] + 2 * dims["K"]
+        if self.latent:
+            dims |= self.latent.dims(self.heads)
         if self.mixture:
             dims |= {"E": self.mixture.experts, "I": self.mixture.ffn, "S": self.mixture.shared_ffn}
         return dims
@@ -124,7 +163,10 @@ class Architecture:
             flags["qk-layernorm"] = True
         if self.qk_norm == "all":
             flags["qk-norm-all-heads"] = True
-        flags |= self.rope.flags()
+        if self.latent:
+            flags |= self.latent.flags() | self.rope.latent_flags()
+        else:
+            flags |= self.rope.flags()
         flags |= {
             "max-position-embeddings": self.positions,
             "normalization": "RMSNorm",
@@ -145,6 +187,8 @@ class Architecture:
     def problems(self) -> list[str]:
         """Why Megatron would compute something else; empty if it would not."""
         found = self.rope.problems()
+        if self.latent and self.rope.kind not in ("default", "yarn"):
+            found.append(f"rope_type={self.rope.kind!r} with multi-latent attention (mapped: default, yarn)")
         mixture = self.mixture
         if mixture and mixture.groups > 1 and mixture.topk != 2 * mixture.group_topk:
             found.append(

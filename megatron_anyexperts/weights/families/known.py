@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_anyexperts.training.arguments import UsageError
 from megatron_anyexperts.weights.families import tables
-from megatron_anyexperts.weights.families.architecture import Architecture, Mixture
+from megatron_anyexperts.weights.families.architecture import Architecture, Latent, Mixture
 from megatron_anyexperts.weights.families.rope import Rope
 from megatron_anyexperts.weights.families.rows import Table
 
@@ -28,6 +28,16 @@ _SIZES = {
 """Field of `Architecture` -> key of config.json, the same in every family."""
 
 
+_LATENT = {
+    "query_rank": "q_lora_rank",
+    "rank": "kv_lora_rank",
+    "plain": "qk_nope_head_dim",
+    "rotated": "qk_rope_head_dim",
+    "value": "v_head_dim",
+}
+"""Field of `Latent` -> key of config.json."""
+
+
 @dataclass(frozen=True)
 class Family:
     """How one architecture is read.
@@ -41,6 +51,7 @@ class Family:
         derived: what of the mixture or of the architecture takes more than a key, by field.
         defaults: values of keys that the configuration class of transformers does not fill in.
         optional: fields of `Architecture` that config.json may set, and their keys.
+        latent: attention is multi-latent.
     """
 
     architecture: str
@@ -52,6 +63,7 @@ class Family:
     derived: Mapping[str, Callable[[Config], Any]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     optional: Mapping[str, str] = field(default_factory=dict)
+    latent: bool = False
 
     def read(self, config: Config) -> Architecture:
         """The architecture of a completed config.json; see `read_config`."""
@@ -59,6 +71,9 @@ class Family:
         fields |= {name: config[key] for name, key in self.optional.items() if config.get(key) is not None}
         fields |= self.fixed
         fields["groups"] = fields["groups"] or fields["heads"]
+        if self.latent:
+            fields["latent"] = Latent(**{name: config.get(key) for name, key in _LATENT.items()})
+            config = {**config, "head_dim": fields["latent"].value}
         fields["head"] = config.get("head_dim") or (fields["hidden"] or 0) // (fields["heads"] or 1)
         fields["rope"] = Rope.read(config["rope_parameters"])
         if self.mixture is not None:
@@ -79,9 +94,22 @@ def _sparse_steps(config: Config) -> frozenset[int]:
     )
 
 
+def _shared(key: str) -> Callable[[Config], int]:
+    """Inner width of the shared experts, of which `key` is the number."""
+    return lambda config: config["moe_intermediate_size"] * (config.get(key) or 0)
+
+
 _GATED = {"hidden_act": "silu"}
 _NO_WINDOW = {"use_sliding_window": False}
 _QWEN3 = _GATED | _NO_WINDOW | {"attention_bias": False}
+# Norms of the latents have a fixed eps of 1e-6 there, whatever rms_norm_eps says.
+_DEEPSEEK = _GATED | {"attention_bias": False, "moe_layer_freq": 1, "rms_norm_eps": 1e-6}
+_DEEPSEEK_MIXTURE = {
+    "experts": "n_routed_experts",
+    "topk": "num_experts_per_tok",
+    "ffn": "moe_intermediate_size",
+    "scaling": "routed_scaling_factor",
+}
 
 FAMILIES = {
     family.architecture: family
@@ -121,6 +149,29 @@ FAMILIES = {
             },
         ),
         Family(
+            "DeepseekV2ForCausalLM",
+            tables.DEEPSEEK,
+            _DEEPSEEK
+            | {"mlp_bias": False, "topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False},
+            fixed={"qk_norm": "head"},
+            mixture=_DEEPSEEK_MIXTURE,
+            fixed_mixture={"normalised": False},
+            derived={"dense_layers": _first_dense, "shared_ffn": _shared("n_shared_experts")},
+            latent=True,
+        ),
+        Family(
+            "DeepseekV3ForCausalLM",
+            tables.DEEPSEEK,
+            _DEEPSEEK
+            | {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True, "rope_interleave": True},
+            fixed={"qk_norm": "head"},
+            mixture=_DEEPSEEK_MIXTURE | {"groups": "n_group", "group_topk": "topk_group"},
+            fixed_mixture={"score": "sigmoid", "expert_bias": True},
+            derived={"dense_layers": _first_dense, "shared_ffn": _shared("n_shared_experts")},
+            optional={"predictions": "num_nextn_predict_layers"},
+            latent=True,
+        ),
+        Family(
             "BailingMoeV2ForCausalLM",
             tables.LING,
             {
@@ -143,10 +194,7 @@ FAMILIES = {
                 "group_topk": "topk_group",
             },
             fixed_mixture={"score": "sigmoid", "expert_bias": True},
-            derived={
-                "dense_layers": _first_dense,
-                "shared_ffn": lambda config: config["moe_intermediate_size"] * config["num_shared_experts"],
-            },
+            derived={"dense_layers": _first_dense, "shared_ffn": _shared("num_shared_experts")},
             defaults={"num_nextn_predict_layers": 0, "tie_word_embeddings": False},
             optional={"predictions": "num_nextn_predict_layers"},
         ),

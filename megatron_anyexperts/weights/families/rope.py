@@ -53,6 +53,13 @@ class Rope:
             flags |= self._yarn(float(factor))
         return flags
 
+    def latent_flags(self) -> dict[str, Any]:
+        """Megatron's flags for multi-latent attention, which has rotary positions of its own."""
+        flags = {"position-embedding-type": "rope", "rotary-base": int(self.theta)}
+        if self.kind == "yarn":
+            return flags | {"rope-type": "yarn"} | self._yarn(float(self.options["factor"]))
+        return flags | {"rope-type": "rope", "no-rope-fusion": True}
+
     def _yarn(self, factor: float) -> dict[str, Any]:
         options = _YARN | dict(self.options)
         flags = {

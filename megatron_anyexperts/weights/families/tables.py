@@ -34,6 +34,10 @@ def _bias(model: Architecture) -> bool:
     return model.mixture.expert_bias
 
 
+def _queries(latent: bool):
+    return lambda model: (model.latent.query_rank is not None) == latent
+
+
 def _same(ours: str, theirs: str, letters: str, **others) -> Row:
     return Row(ours, {theirs: letters}, **others)
 
@@ -141,3 +145,39 @@ LING = Table(
         _same("final_layernorm.weight", f"{_LAYER}final_layernorm.weight", "H"),
     ),
 )
+
+_SELF = f"{_LAYER}self_attn."
+
+DEEPSEEK = Table(
+    ends=LLAMA.ends,
+    attention=(
+        _same("input_layernorm.weight", f"{_LAYER}input_layernorm.weight", "H"),
+        _same("self_attention.linear_q_proj.weight", f"{_SELF}q_proj.weight", "AQ H", when=_queries(latent=False)),
+        _same("self_attention.linear_q_down_proj.weight", f"{_SELF}q_a_proj.weight", "A H", when=_queries(latent=True)),
+        _same("self_attention.q_layernorm.weight", f"{_SELF}q_a_layernorm.weight", "A", when=_queries(latent=True)),
+        _same("self_attention.linear_q_up_proj.weight", f"{_SELF}q_b_proj.weight", "AQ A", when=_queries(latent=True)),
+        _same("self_attention.linear_kv_down_proj.weight", f"{_SELF}kv_a_proj_with_mqa.weight", "CR H"),
+        _same("self_attention.kv_layernorm.weight", f"{_SELF}kv_a_layernorm.weight", "C"),
+        _same("self_attention.linear_kv_up_proj.weight", f"{_SELF}kv_b_proj.weight", "CK C"),
+        _same("self_attention.linear_proj.weight", f"{_SELF}o_proj.weight", "H O"),
+    ),
+    dense=LLAMA.dense,
+    mixture=(
+        *_MIXTURE,
+        _same(
+            "mlp.router.expert_bias",
+            f"{_LAYER}mlp.gate.e_score_correction_bias",
+            "E",
+            when=_bias,
+            dtype=torch.float32,
+        ),
+        *LING.mixture[-2:],
+    ),
+    expert=QWEN_MOE.expert,
+    prediction=(*_PREDICTION, _same("final_layernorm.weight", f"{_LAYER}shared_head.norm.weight", "H")),
+    copies={
+        f"{_LAYER}embed_tokens.weight": "model.embed_tokens.weight",
+        f"{_LAYER}shared_head.head.weight": "lm_head.weight",
+    },
+)
+"""DeepSeek-V2 and V3; the prediction layer stores embedding and output layer once more."""

@@ -4,9 +4,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from megatron.core.models.hybrid.hybrid_layer_allocation import get_hybrid_total_layer_count
 
+from megatron_anyexperts.media import MediaShape
+from megatron_anyexperts.models.build import EncoderConfig, LanguageModelConfig, build_model
+from megatron_anyexperts.training import identity
+from megatron_anyexperts.training.arguments import config_to_argv
+from megatron_anyexperts.training.pretrain import transformer_config
 from megatron_anyexperts.weights.families.known import read_config
-from tests.unit.models.small import small_arguments, small_config, small_model
 
 SIZES = {
     "vocab_size": 96,
@@ -19,6 +24,11 @@ SIZES = {
 }
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LATENT = {
+    "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "first_k_dense_replace": 1,
+    "kv_lora_rank": 16, "q_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10,
+    "num_key_value_heads": 4, "n_shared_experts": 1, "routed_scaling_factor": 1.5, "num_mtp_layers": 0,
+}  # fmt: skip
 MODELS = {
     "llama": ("Llama", {"rope_theta": 10000.0}),
     "smollm2": ("Llama", {"rope_theta": 100000.0, "tie_word_embeddings": True, "num_key_value_heads": 1}),
@@ -39,6 +49,19 @@ MODELS = {
     "qwen3 moe, gates as they are": ("Qwen3Moe", EXPERTS | {"norm_topk_prob": False}),
     "olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 4}),
     "olmoe grouped": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}),
+    "deepseek v2": ("DeepseekV2", LATENT | {"q_lora_rank": None, "topk_method": "greedy", "n_shared_experts": 2}),
+    "deepseek v2 yarn": (
+        "DeepseekV2",
+        LATENT | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "mscale": 0.707,
+                                      "mscale_all_dim": 0.707, "original_max_position_embeddings": 16}},
+    ),
+    "deepseek v3": ("DeepseekV3", LATENT | {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}),
+    "deepseek v3 yarn": (
+        "DeepseekV3",
+        LATENT | {"n_group": 1, "topk_group": 1, "q_lora_rank": None,
+                  "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 16.0,
+                                      "original_max_position_embeddings": 16}},
+    ),
 }
 """Name -> class of transformers, and what its configuration has beside `SIZES`."""
 
@@ -60,37 +83,32 @@ def released(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> tor
     return model
 
 
-# Flags of Megatron whose configuration fields are named otherwise, and those that are no field of it.
-FIELDS = {"norm-epsilon": "layernorm_epsilon", "num-experts": "num_moe_experts"}
-ARGUMENTS = {
-    "hybrid-layer-pattern", "position-embedding-type", "rotary-percent", "rotary-base", "max-position-embeddings",
-    "untie-embeddings-and-output-weights", "rotary-seq-len-interpolation-factor", "use-rope-scaling",
-    "rope-scaling-factor", "qk-norm-all-heads",
-}  # fmt: skip
-IMPLIED = {"group-query-attention", "swiglu", "disable-bias-linear"}
-YARN = {"rotary-scaling-factor": "yarn_rotary_scaling_factor", "mscale": "yarn_mscale"} | {
-    "mscale-all-dim": "yarn_mscale_all_dim"
-}
+CPU = {
+    "transformer-impl": "local",
+    "attention-dropout": 0.0,
+    "hidden-dropout": 0.0,
+    "anyexperts-alpha": 0.0,
+} | dict.fromkeys(
+    (
+        *("no-persist-layer-norm", "no-rope-fusion", "no-masked-softmax-fusion", "no-bias-dropout-fusion"),
+        *("no-gradient-accumulation-fusion", "use-cpu-initialization"),
+    ),
+    True,
+)
 
 
 def ours(config: dict, **changes) -> torch.nn.Module:
-    """Our model for a config.json, built from the flags of its architecture."""
+    """Our model for a config.json, built from the flags of its architecture as an entry point does, apart from
+    `changes` of arguments."""
     architecture, _ = read_config(config)
-    flags = architecture.flags()
-    arguments = {name.replace("-", "_"): flags[name] for name in flags.keys() & ARGUMENTS}
-    arguments = {"untie_embeddings_and_output_weights": False} | arguments
-    yarn = {
-        YARN.get(name, name.replace("-", "_")): flags[name]
-        for name in flags
-        if name in YARN or name.startswith("yarn-")
-    }
-    names = flags.keys() - ARGUMENTS - IMPLIED - YARN.keys() - {name for name in flags if name.startswith("yarn-")}
-    fields = {FIELDS.get(name, name.replace("-", "_")): flags[name] for name in names}
-    static = {"anyexperts_alpha": 0.0}
-    settings = small_config(architecture.pattern, **(fields | static | changes))
-    if flags["position-embedding-type"] == "yarn":
-        defaults = {"yarn_mscale": 1.0, "yarn_mscale_all_dim": 0.0, "yarn_correction_range_round_to_int": True}
-        for name, value in (defaults | yarn).items():
-            setattr(settings, name, value)
-    none = {"padded_vocab_size": architecture.vocabulary, "vision_num_layers": 0, "audio_num_layers": 0}
-    return small_model(settings, small_arguments(**(none | arguments))).eval()
+    parser = identity._parser()
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    args = parser.parse_args(config_to_argv(architecture.flags() | CPU, set(), actions))
+    # What Megatron's validation and tokenizer fill in.
+    args.params_dtype, args.padded_vocab_size = torch.float32, architecture.vocabulary
+    args.num_layers = get_hybrid_total_layer_count(architecture.pattern)
+    args.moe_router_load_balancing_type = "none"
+    for name, value in changes.items():
+        setattr(args, name, value)
+    parts = (kind.from_args(args) for kind in (LanguageModelConfig, EncoderConfig, MediaShape))
+    return build_model(*parts, transformer_config(args)).eval()

@@ -188,6 +188,9 @@ def test_an_export_without_tensor_says_which(everything, tmp_path):
         ("Qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
         ("Mixtral", {"sliding_window": 32}, "sliding_window=32"),
         ("Olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+        ("DeepseekV2", {"topk_method": "group_limited_greedy"}, "topk_method='group_limited_greedy'"),
+        ("DeepseekV3", {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
+        ("DeepseekV3", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "'linear' with multi-latent"),
         ("Phi3", {}, "architectures=.*Phi3ForCausalLM.*LlamaForCausalLM"),
     ],
 )  # fmt: skip
@@ -201,6 +204,41 @@ def test_options_for_which_megatron_would_compute_something_else_are_refused(kin
         read_config(config | {"architectures": [f"{kind}ForCausalLM"]} | change)
 
 
+def test_a_prediction_layer_shares_embedding_and_output_layer(everything, tmp_path):
+    """The layer behind the last one, by the names of DeepSeek-V3's files: transformers leaves it out."""
+    model, layer = everything["deepseek v3"], "model.layers.2"
+    tensors = {name: value.contiguous() for name, value in model.tensors("hf").items()}
+    for name in [name for name in tensors if name.startswith("model.layers.1.")]:
+        tensors[name.replace("layers.1", "layers.2", 1)] = torch.randn_like(tensors[name])
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        tensors[f"{layer}.{name}.weight"] = torch.randn(32)
+    tensors[f"{layer}.eh_proj.weight"] = torch.randn(32, 64)
+    tensors[f"{layer}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors[f"{layer}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    (tmp_path / "hf").mkdir()
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    config = model.config | {"num_nextn_predict_layers": 1}
+    config.pop("num_mtp_layers", None)
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    import_weights(tmp_path / "hf", tmp_path / "ours")
+    assert "/+E" in (tmp_path / "ours/model.yaml").read_text()
+    loaded(tmp_path / "ours")
+    files = export_weights(tmp_path / "ours", tmp_path / "ours/hf/config.json", tmp_path / "back")
+    back = {name: value for file in files for name, value in load_file(file).items()}
+    assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+    save_file(tensors | {f"{layer}.embed_tokens.weight": torch.zeros(96, 32)}, tmp_path / "hf/model.safetensors")
+    with pytest.raises(UsageError, match=r"layers\.2\.embed_tokens\.weight must equal model\.embed_tokens"):
+        import_weights(tmp_path / "hf", tmp_path / "again")
+
+
 def test_a_norm_over_all_heads_refuses_ranks_that_have_some(everything):
     with pytest.raises(ValueError, match="tensor_model_parallel_size=2 with qk_norm_all_heads"):
         ours(everything["olmoe"].config, tensor_model_parallel_size=2)
+
+
+def test_a_pattern_and_its_attention_must_agree(everything):
+    with pytest.raises(ValueError, match=r"'\*-\*-' with multi_latent_attention=True"):
+        ours(everything["deepseek v3"].config, hybrid_layer_pattern="*-*-")
+    with pytest.raises(ValueError, match="position_embedding_type=yarn with multi_latent_attention"):
+        ours(everything["deepseek v3"].config, position_embedding_type="yarn")

@@ -5,10 +5,10 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
-from pydoc_data.topics import topics
 
 from megatron_anyexperts.weights.conversion import import_weights
 from megatron_anyexperts.weights.export import export_weights
@@ -16,8 +16,8 @@ from tests.unit.weights.test_families import loaded
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-TOKENS, DOCUMENTS = 400, 16
-PROSE = [text.strip() for _, text in sorted(topics.items()) if len(text) > 3000][:DOCUMENTS]
+TOKENS, DOCUMENTS = 1024, 12
+PROSE = [text.strip() for _, text in sorted(topics.items()) if len(text) > 8000][:DOCUMENTS]
 """Topics of Python's documentation; the first tokens of each are read."""
 
 TRANSFORMERS = """
@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 file, tokens, output, folder = sys.argv[1:]
 file, result = Path(file), {}
 result["tokenizer"] = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)(torch.load(tokens)).input_ids
-rows = torch.tensor([row[:%d] for row in result["tokenizer"]])
+rows = torch.tensor([row[:LENGTH] for row in result["tokenizer"]])
 for name, model in (
     ("file", AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)),
     ("export", AutoModelForCausalLM.from_pretrained(folder)),
@@ -38,7 +38,7 @@ for name, model in (
         )
     result[name + " says"] = model.generate(rows[:1, :30], max_new_tokens=20, do_sample=False)[0].tolist()
 torch.save(result, output)
-""" % TOKENS
+""".replace("LENGTH", str(TOKENS))
 
 
 @pytest.fixture(scope="module")
@@ -76,4 +76,4 @@ def test_smollm2_comes_in_and_goes_out_as_transformers_reads_it(file, tmp_path, 
     torch.testing.assert_close(torch.stack(losses), result["file"][1], rtol=1e-5, atol=1e-5)
     mean = torch.stack(losses).mean().item()
     print(f"loss over {DOCUMENTS} documents of {TOKENS} tokens: {mean:.4f}")
-    assert 2.0 < mean < 2.5
+    assert 2.2 < mean < 2.7
