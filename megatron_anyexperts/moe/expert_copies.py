@@ -1,7 +1,7 @@
 """Temporary copies of other ranks' experts: weights come in, outputs are computed, weight gradients go home.
 
 Forward: owners send the weights of the experts that the plan copies, in one all-to-all, and the slots go through them.
-Nothing but the slots is kept. Backward: the weights are sent again, the outputs computed again with gradients, and the
+Their memory is then given back. Backward: the weights are sent again, to where the forward pass had them, and the
 weight gradients go back in one all-to-all. The owner adds them in the order of ranks, in fp32 where the parameter has
 an fp32 `main_grad`. That is before its bucket counts as ready: a parameter's gradient is complete, and Megatron's hook
 runs, only when this function has returned.
@@ -86,8 +86,6 @@ class ExpertCopies:
         guest_config = copy.copy(config)
         guest_config.perform_initialization = False  # weights come from the owners, and no random number is drawn
         guest_config.disable_parameter_transpose_cache = True  # a place holds another expert each time
-        # All that the backward pass needs is computed again as it is.
-        guest_config.recompute_granularity = None
         guest_config.fine_grained_activation_offloading = False
         self.guests = build(self.places, guest_config)
         self.shapes = [(name, parameter.shape) for name, parameter in _by_expert(self.guests)]
@@ -104,21 +102,18 @@ class ExpertCopies:
 
     def fetch(self, plan: CopyPlan) -> Fetched:
         """Start the exchange of weights; collective, with any number of experts to send or receive, also none."""
-        return self.start(journey(plan, self.local, self.group.rank(), self.group.size()))
+        way = journey(plan, self.local, self.group.rank(), self.group.size())
+        return self.send(way, self.own[0].detach().new_empty(self.places, self.size))
 
-    def start(self, way: Journey) -> Fetched:
-        """Start the exchange of weights of a known journey; collective."""
-        own = self.own
-        weights_RN = own[0].detach().new_zeros(self.places, self.size)
+    def send(self, way: Journey, weights_RN: Tensor) -> Fetched:
+        """Start the exchange of weights into a buffer; collective."""
+        own, borrowed = self.own, sum(way.borrowed_splits)
         lent = [parameter.detach().flatten() for expert in way.lent for parameter in own[self._of(expert)]]
-        lent_CN = torch.cat(lent).view(-1, self.size) if lent else weights_RN[:0]
+        lent_CN = torch.cat(lent).view(-1, self.size) if lent else weights_RN.new_empty(0, self.size)
+        target_RN = weights_RN.data  # not a change that autograd should see: the same values come again
+        target_RN[borrowed:] = 0
         work = torch.distributed.all_to_all_single(
-            weights_RN[: sum(way.borrowed_splits)],
-            lent_CN,
-            way.borrowed_splits,
-            way.lent_splits,
-            group=self.group,
-            async_op=True,
+            target_RN[:borrowed], lent_CN, way.borrowed_splits, way.lent_splits, group=self.group, async_op=True
         )
         return Fetched(way, weights_RN, lent_CN, work)
 
@@ -131,7 +126,8 @@ class ExpertCopies:
             tokens_per_copy: int64 [R] on the CPU, 0 for a place without a copy.
             gates_M: [M], as the experts take them.
         """
-        return _Lent.apply(self, fetched, tokens_per_copy, slots_MH, gates_M, *self.own)
+        trained = torch.is_grad_enabled()  # which autograd does not tell a function
+        return _Lent.apply(self, fetched, tokens_per_copy, trained, slots_MH, gates_M, *self.own)
 
     def run(self, weights: list[Tensor], slots_MH: Tensor, tokens_per_copy: Tensor, gates_M: Tensor) -> Tensor:
         """The experts' forward pass with `weights` in place of the module's own."""
@@ -207,22 +203,26 @@ class Fetched:
 
 class _Lent(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, copies: ExpertCopies, fetched: Fetched, tokens_per_copy, slots_MH, gates_M, *own):
-        ctx.copies, ctx.way, ctx.tokens_per_copy = copies, fetched.way, tokens_per_copy
-        ctx.save_for_backward(slots_MH, gates_M)
-        return copies.run(copies.views(fetched.wait()), slots_MH, tokens_per_copy, gates_M)
+    def forward(ctx, copies: ExpertCopies, fetched: Fetched, tokens_per_copy, trained: bool, slots_MH, gates_M, *own):
+        weights_RN = fetched.wait()
+        ctx.copies, ctx.way, ctx.weights_RN = copies, fetched.way, weights_RN
+        with torch.set_grad_enabled(trained):
+            ctx.inputs = [x.detach().requires_grad_(trained) for x in (slots_MH, gates_M, *copies.views(weights_RN))]
+            ctx.output_MH = copies.run(ctx.inputs[2:], ctx.inputs[0], tokens_per_copy, ctx.inputs[1])
+        # As torch's FSDP does: what autograd has saved points to this memory, which is filled again in `backward`.
+        weights_RN.untyped_storage().resize_(0)
+        return ctx.output_MH.detach()
 
     @staticmethod
     def backward(ctx, grad_MH: Tensor):
-        copies = ctx.copies
-        slots_MH, gates_M = (x.detach().requires_grad_() for x in ctx.saved_tensors)
-        weights = [weight.requires_grad_() for weight in copies.views(copies.start(ctx.way).wait())]
-        with torch.enable_grad():
-            output_MH = copies.run(weights, slots_MH, ctx.tokens_per_copy, gates_M)
-        grad_RN = copies.backward(weights, output_MH, grad_MH)
-        trained = any(ctx.needs_input_grad[5:])
-        own = copies.bring_home(ctx.way, grad_RN) if trained else [None] * len(copies._names)
-        return None, None, None, slots_MH.grad, gates_M.grad, *own
+        copies, weights_RN, (slots_MH, gates_M, *weights) = ctx.copies, ctx.weights_RN, ctx.inputs
+        weights_RN.untyped_storage().resize_(weights_RN.numel() * weights_RN.element_size())
+        copies.send(ctx.way, weights_RN).wait()
+        grad_RN = copies.backward(weights, ctx.output_MH, grad_MH)
+        ctx.inputs = ctx.output_MH = ctx.weights_RN = None
+        trained = any(ctx.needs_input_grad[6:])
+        own = copies.bring_home(ctx.way, grad_RN) if trained else [None] * len(copies.own)
+        return None, None, None, None, slots_MH.grad, gates_M.grad, *own
 
 
 def _by_expert(experts: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
