@@ -222,7 +222,7 @@ def _descriptor(stream: Any) -> int | None:
 
 def quiet_imports() -> None:
     """Call it before Megatron and torch are imported: what they lack, which doctor says, they say at every import."""
-    warnings.filterwarnings("ignore", message=".*(Apex|[Tt]ransformer.[Ee]ngine).*")
+    warnings.filterwarnings("ignore", message=".*(Apex|[Tt]ransformer.[Ee]ngine|Could not determine rank).*")
     logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: not is_false_alarm(record.getMessage()))
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from unittest.mock import patch
 
+from megatron_anyexperts.console import quiet_imports
 from megatron_anyexperts.platform import cpu, seams
 
 FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -257,6 +258,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(cli: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    quiet_imports()
     # Megatron asserts it when it validates tensor parallelism.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     chosen, flags = parser().parse_known_args(cli)

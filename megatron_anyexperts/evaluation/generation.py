@@ -52,12 +52,15 @@ def media_file(path: Path, modality: str) -> Media:
     """Read an image, audio or video file.
 
     Raises:
-        ValueError: the extension is not one of the modality's formats.
+        ValueError: the extension is not one of the modality's formats, or the file cannot be read.
     """
     extension = path.suffix.lower().removeprefix(".")
     if extension not in EXTENSIONS[modality]:
         raise ValueError(f"{path}: not one of the {modality} formats {', '.join(EXTENSIONS[modality])}")
-    return Media(modality, path.read_bytes(), extension)
+    try:
+        return Media(modality, path.read_bytes(), extension)
+    except OSError as error:
+        raise ValueError(f"the {modality} {path} cannot be read: {error.strerror}") from error
 
 
 def prompt_document(text: str, media: list[Media]) -> Document:
