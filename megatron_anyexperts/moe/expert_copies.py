@@ -1,10 +1,12 @@
 """Temporary copies of other ranks' experts: weights come in, outputs are computed, weight gradients go home.
 
-Forward: owners send the weights of the experts that the plan copies, in one all-to-all, and the slots go through them.
-Their memory is then given back. Backward: the weights are sent again, to where the forward pass had them, and the
-weight gradients go back in one all-to-all. The owner adds them in the order of ranks, in fp32 where the parameter has
-an fp32 `main_grad`. That is before its bucket counts as ready: a parameter's gradient is complete, and Megatron's hook
-runs, only when this function has returned.
+Forward: owners send the weights of the experts that the plan copies, in one all-to-all that runs while own experts are
+computed, and the copies' slots go through them. Their memory is then given back.
+
+Backward: the weights are sent again, to where the forward pass had them. When copies and own experts are done, the
+weight gradients go back in one all-to-all, and the owner adds them in the order of ranks, in fp32 where the parameter
+has an fp32 `main_grad`. That is after its own GEMMs, which overwrite it in the first microbatch of a step where they
+write to it themselves, and before the parameter counts as ready, which waits for both.
 
 Shapes: `R` places for copies on a rank, `C` experts that it lends, `N` elements of one expert's weights, `M` slots that
 arrived for copies, `H` hidden.
@@ -117,17 +119,24 @@ class ExpertCopies:
         )
         return Fetched(way, weights_RN, lent_CN, work)
 
+    def lend(self, fetched: Fetched, own_NH: Tensor, borrowed_MH: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots of own experts and of copies, unchanged, to be computed with; the backward pass is collective.
+
+        Every rank calls it once for each fetch, and computes with what it returns.
+        """
+        return _Lend.apply(self, fetched, own_NH, borrowed_MH, *self.own)
+
     def __call__(self, fetched: Fetched, slots_MH: Tensor, tokens_per_copy: Tensor, gates_M: Tensor) -> Tensor:
         """[M, H], outputs for slots that arrived for copies; differentiable, its backward pass is collective.
 
         Args:
             fetched: what `fetch` returned; every rank calls this once for each fetch.
-            slots_MH: [M, H], sorted by the copy's place; M may be 0.
+            slots_MH: [M, H], as `lend` returned them, sorted by the copy's place; M may be 0.
             tokens_per_copy: int64 [R] on the CPU, 0 for a place without a copy.
             gates_M: [M], as the experts take them.
         """
         trained = torch.is_grad_enabled()  # which autograd does not tell a function
-        return _Lent.apply(self, fetched, tokens_per_copy, trained, slots_MH, gates_M, *self.own)
+        return _Compute.apply(self, fetched, tokens_per_copy, trained, slots_MH, gates_M)
 
     def run(self, weights: list[Tensor], slots_MH: Tensor, tokens_per_copy: Tensor, gates_M: Tensor) -> Tensor:
         """The experts' forward pass with `weights` in place of the module's own."""
@@ -139,16 +148,18 @@ class ExpertCopies:
         parts = flat_RN.flatten().split([shape.numel() for _, shape in self.shapes])
         return [part.view(shape) for part, (_, shape) in zip(parts, self.shapes, strict=True)]
 
-    def backward(self, weights: list[Tensor], output_MH: Tensor, grad_MH: Tensor) -> Tensor:
-        """[R, N], gradients of `weights`: in fp32 where GEMMs add to `main_grad` themselves, else in their dtype."""
-        if self.fused_gradients:
-            grad_RN = torch.zeros(self.places, self.size, dtype=torch.float32, device=grad_MH.device)
-            for weight, buffer in zip(weights, self.views(grad_RN), strict=True):
-                weight.main_grad = buffer
-            torch.autograd.backward(output_MH, grad_MH)
-            return grad_RN
-        torch.autograd.backward(output_MH, grad_MH)
-        return torch.cat([weight.grad.flatten() for weight in weights]).view(self.places, self.size)
+    def gradient_buffer(self, weights: list[Tensor]) -> Tensor | None:
+        """[R, N] fp32, where GEMMs that add gradients to `main_grad` themselves add those of `weights`; else None.
+
+        Layers take it in their forward pass, so it is made there, and has memory in the backward pass only.
+        """
+        if not self.fused_gradients:
+            return None
+        grad_RN = torch.empty(self.places, self.size, dtype=torch.float32, device=weights[0].device)
+        for weight, part in zip(weights, self.views(grad_RN), strict=True):
+            weight.main_grad = part
+        _release(grad_RN)
+        return grad_RN
 
     def bring_home(self, way: Journey, grad_RN: Tensor) -> list[Tensor | None]:
         """Send gradients of copies to the owners; collective.
@@ -179,50 +190,82 @@ class ExpertCopies:
         return slice(expert * per_expert, (expert + 1) * per_expert)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fetched:
-    """Weights on their way.
+    """Weights on their way, and what becomes of them.
 
     Attributes:
         way: what is sent and received.
         weights_RN: in the parameter dtype, 0 in places without a copy; complete after `wait`.
         lent_CN: what is sent, kept alive until then.
         work: the exchange.
+        grad_RN: gradients of the weights, once the copies' backward pass is done.
     """
 
     way: Journey
     weights_RN: Tensor
     lent_CN: Tensor
     work: torch.distributed.Work
+    grad_RN: Tensor | None = None
 
     def wait(self) -> Tensor:
         """[R, N], the weights of the copies."""
         self.work.wait()
+        self.lent_CN = self.lent_CN[:0]
         return self.weights_RN
 
 
-class _Lent(torch.autograd.Function):
+class _Lend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, copies: ExpertCopies, fetched: Fetched, tokens_per_copy, trained: bool, slots_MH, gates_M, *own):
+    def forward(ctx, copies: ExpertCopies, fetched: Fetched, own_NH, borrowed_MH, *own):
+        ctx.copies, ctx.fetched = copies, fetched
+        return own_NH.view_as(own_NH), borrowed_MH.view_as(borrowed_MH)
+
+    @staticmethod
+    def backward(ctx, grad_NH: Tensor, grad_MH: Tensor):
+        own, fetched = [None] * (len(ctx.needs_input_grad) - 4), ctx.fetched
+        if any(ctx.needs_input_grad[4:]):
+            own = ctx.copies.bring_home(fetched.way, fetched.grad_RN)
+        fetched.grad_RN = None
+        return None, None, grad_NH, grad_MH, *own
+
+
+class _Compute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, copies: ExpertCopies, fetched: Fetched, tokens_per_copy, trained: bool, slots_MH, gates_M):
+        ctx.copies, ctx.fetched = copies, fetched
         weights_RN = fetched.wait()
-        ctx.copies, ctx.way, ctx.weights_RN = copies, fetched.way, weights_RN
         with torch.set_grad_enabled(trained):
             ctx.inputs = [x.detach().requires_grad_(trained) for x in (slots_MH, gates_M, *copies.views(weights_RN))]
-            ctx.output_MH = copies.run(ctx.inputs[2:], ctx.inputs[0], tokens_per_copy, ctx.inputs[1])
-        # As torch's FSDP does: what autograd has saved points to this memory, which is filled again in `backward`.
-        weights_RN.untyped_storage().resize_(0)
+            slots, gates, *weights = ctx.inputs
+            ctx.grad_RN = copies.gradient_buffer(weights) if trained else None
+            ctx.output_MH = copies.run(weights, slots, tokens_per_copy, gates)
+        _release(weights_RN)
         return ctx.output_MH.detach()
 
     @staticmethod
     def backward(ctx, grad_MH: Tensor):
-        copies, weights_RN, (slots_MH, gates_M, *weights) = ctx.copies, ctx.weights_RN, ctx.inputs
-        weights_RN.untyped_storage().resize_(weights_RN.numel() * weights_RN.element_size())
-        copies.send(ctx.way, weights_RN).wait()
-        grad_RN = copies.backward(weights, ctx.output_MH, grad_MH)
-        ctx.inputs = ctx.output_MH = ctx.weights_RN = None
-        trained = any(ctx.needs_input_grad[6:])
-        own = copies.bring_home(ctx.way, grad_RN) if trained else [None] * len(copies.own)
-        return None, None, None, None, slots_MH.grad, gates_M.grad, *own
+        fetched, grad_RN, (slots_MH, gates_M, *weights) = ctx.fetched, ctx.grad_RN, ctx.inputs
+        _restore(fetched.weights_RN)
+        ctx.copies.send(fetched.way, fetched.weights_RN).wait()
+        if grad_RN is not None:
+            _restore(grad_RN)
+            grad_RN.data.zero_()
+        torch.autograd.backward(ctx.output_MH, grad_MH)
+        if grad_RN is None:
+            grad_RN = torch.cat([weight.grad.flatten() for weight in weights]).view(fetched.weights_RN.shape)
+        fetched.grad_RN = grad_RN
+        ctx.inputs = ctx.output_MH = ctx.grad_RN = None
+        return None, None, None, None, slots_MH.grad, gates_M.grad
+
+
+# As torch's FSDP does: what autograd has saved points to this memory, which is there again when it is read.
+def _release(buffer: Tensor) -> None:
+    buffer.untyped_storage().resize_(0)
+
+
+def _restore(buffer: Tensor) -> None:
+    buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
 
 
 def _by_expert(experts: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

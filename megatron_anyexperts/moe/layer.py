@@ -134,12 +134,15 @@ class AnyExpertsMoELayer(MoELayer):
             dispatched.expert_probs,
             dispatched.tokens_per_expert,
         )
-        own, own_slots = self.num_local_experts, int(tokens_per_expert[: self.num_local_experts].sum())
-        output, bias = apply_module(self.experts)(slots_NH[:own_slots], tokens_per_expert[:own], gates_N[:own_slots])
+        own, split = self.num_local_experts, int(tokens_per_expert[: self.num_local_experts].sum())
+        own_NH, copied_MH = slots_NH[:split], slots_NH[split:]
+        if copied:
+            own_NH, copied_MH = self.copies.lend(fetched, own_NH, copied_MH)
+        output, bias = apply_module(self.experts)(own_NH, tokens_per_expert[:own], gates_N[:split])
         assert bias is None, "experts with a separate bias are not supported"
         if not copied:
             return output
-        guests = self.copies(fetched, slots_NH[own_slots:], tokens_per_expert[own:], gates_N[own_slots:])
+        guests = self.copies(fetched, copied_MH, tokens_per_expert[own:], gates_N[split:])
         return torch.cat((output, guests))
 
     def combine(

@@ -127,6 +127,24 @@ def test_outputs_and_gradients_are_those_without_copies_and_ranks_are_level(rank
         assert over <= kept, f"{name}: a rank is over the goal"
 
 
+def _order(rank: int, ranks: int) -> list[str]:
+    """What happens to the experts' gradients in a backward pass, in order."""
+    initialize(1, ranks)
+    layer, events = build(1, ranks, **ROUTED | COPIES, params_dtype=torch.float64).layer, []
+    layer.router.expert_bias[:2] += 2
+    layer.experts.register_full_backward_hook(lambda *_: events.append("own"))
+    home = layer.copies.bring_home
+    layer.copies.bring_home = lambda *args: events.append("copies") or home(*args)
+    hidden, _ = _hidden(Case([40], [0, 1]), rank, 0)
+    layer(hidden.requires_grad_())[0].sum().backward()
+    return events
+
+
+def test_gradients_of_copies_are_added_when_the_owner_has_written_its_own():
+    # Fused GEMMs overwrite the buffer in the first microbatch of a step.
+    assert run_ranks(_order, 2) == [["own", "copies"]] * 2
+
+
 def _with_cap(rank: int, ranks: int) -> tuple[int, int, int, int]:
     initialize(1, ranks)
     # The rank that nobody prefers can hold one copy, and no expert has as many slots as it could compute.
