@@ -23,7 +23,14 @@ def parser() -> argparse.ArgumentParser:
     own = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = own.add_subparsers(dest="command", required=True)
     importing = commands.add_parser("import", help="Hugging Face directory to checkpoint")
-    importing.add_argument("--hf", type=Path, required=True, help="directory with config.json and *.safetensors")
+    importing.add_argument(
+        "--hf", type=Path, required=True, help="directory with config.json and *.safetensors, or a GGUF file"
+    )
+    importing.add_argument(
+        "--add-tokens",
+        action="store_true",
+        help="add the tokens of media and chat that its tokenizer lacks, and rows for them: the mean of the others",
+    )
     exporting = commands.add_parser("export", help="checkpoint to Hugging Face directory")
     source = exporting.add_mutually_exclusive_group(required=True)
     source.add_argument("--run-dir", type=Path, help="run directory; its newest checkpoint is taken")
@@ -44,7 +51,7 @@ def main(cli: list[str] | None = None) -> int:
     chosen = parser().parse_args(cli)
     try:
         if chosen.command == "import":
-            import_weights(chosen.hf, chosen.save)
+            import_weights(chosen.hf, chosen.save, chosen.add_tokens)
             print(f"checkpoint: {chosen.save} (use --load; the model's flags are in {chosen.save / 'model.yaml'})")
         else:
             source = chosen.load or Run(chosen.run_dir).checkpoints

@@ -84,7 +84,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
 def adopt_tokenizer(source: Path, directory: Path) -> list[str]:
     """Copy a Hugging Face tokenizer directory, adding what is missing.
 
-    Special tokens that are missing are added at the end of the vocabulary, and our chat template where there is none.
+    Special tokens that are missing are added at the end of the vocabulary. The chat template becomes ours, which is how
+    the feed writes conversations, unless there is one that writes the same.
 
     Returns:
         The tokens that were added.
@@ -101,8 +102,27 @@ def adopt_tokenizer(source: Path, directory: Path) -> list[str]:
         raise ValueError(f"{source} holds no usable Hugging Face tokenizer: {error}") from error
     missing = [token for token in SPECIAL_TOKENS.values() if tokenizer.token_to_id(token) is None]
     tokenizer.add_special_tokens(missing)
-    _save(tokenizer, loaded.chat_template, directory)
+    _save(tokenizer, loaded.chat_template if _writes_as_we_do(loaded) else None, directory)
     return missing
+
+
+_PROBE = [
+    {"role": "user", "content": "a question"},
+    {"role": "assistant", "content": "an answer"},
+    {"role": "user", "content": "another"},
+]
+
+
+def _writes_as_we_do(tokenizer) -> bool:
+    """Whether the chat template of a tokenizer of transformers gives what ours does for a short conversation."""
+    try:
+        texts = [
+            tokenizer.apply_chat_template(_PROBE, tokenize=False, chat_template=template, add_generation_prompt=True)
+            for template in (tokenizer.chat_template, CHAT_TEMPLATE)
+        ]
+    except Exception:  # a template may ask for anything
+        return False
+    return texts[0] == texts[1]
 
 
 def _save(tokenizer: Tokenizer, chat_template: str | None, directory: Path) -> None:

@@ -85,6 +85,8 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UsageError: the way out is in the message.
     """
+    from megatron.training import get_tokenizer
+
     from megatron_anyexperts.data.config import DataConfig
     from megatron_anyexperts.data.elastic import streams_per_rank
     from megatron_anyexperts.media import MediaShape
@@ -110,6 +112,11 @@ def check(args: argparse.Namespace) -> None:
         if args.rank == 0:
             said = "gradient accumulation fusion is off: it needs apex (see anyexperts doctor)"
             print(said, file=sys.stderr)
+    if args.tokenizer_model and (tokens := get_tokenizer().vocab_size) > args.padded_vocab_size:
+        raise ValueError(
+            f"padded_vocab_size={args.padded_vocab_size} is fewer than the {tokens} tokens of {args.tokenizer_model}; "
+            "take the tokenizer of the weights, or import them with --add-tokens"
+        )
     decoder = transformer_config(args)
     refuse_unsupported(args.hybrid_layer_pattern, decoder)
     refuse_fp8_rows(args.seq_length, args.micro_batch_size, decoder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_anyexperts.weights.checkpoint_stream import Chunk, write_release
 from megatron_anyexperts.weights.families.known import read_config
 from megatron_anyexperts.weights.families.rows import Mapped, copies, mapping
 from megatron_anyexperts.weights.gguf_file import GgufFile, tokenizer_of
+from megatron_anyexperts.weights.new_tokens import extend
 from megatron_anyexperts.weights.released import FOLDER, write_companions
 from megatron_anyexperts.weights.sources import Safetensors, Source
 
@@ -41,7 +43,7 @@ def refuse_differences(
         raise UsageError(f"{where} does not hold the tensors of its architecture; nothing was written\n  {listed}")
 
 
-def import_weights(source: Path, target: Path) -> Path:
+def import_weights(source: Path, target: Path, add_tokens: bool = False) -> Path:
     """Turn a Hugging Face directory into a checkpoint for `--load`.
 
     Every tensor keeps its values and its type, except for the expert bias, which becomes fp32, and FP8 weights, which
@@ -50,7 +52,8 @@ def import_weights(source: Path, target: Path) -> Path:
     Args:
         source: directory with config.json and safetensors files, or a GGUF file.
         target: new checkpoint directory; `model.yaml` in it holds the matching Megatron flags, and `hf/` the files
-            beside the weights, for export.
+            beside the weights: the tokenizer for training, and all that export needs.
+        add_tokens: give the tokenizer what it lacks for media and chat, see `new_tokens`.
 
     Returns:
         the directory with the tensors.
@@ -71,15 +74,25 @@ def import_weights(source: Path, target: Path) -> Path:
         dtype = box.dtype or _dtype(weights, box.names)
         return Chunk(box.key, box.whole, box.offset, box.shape, dtype, partial(make, box, dtype))
 
-    tokenizer = tokenizer_of(source) if isinstance(weights, GgufFile) else None
-    flags = model.flags()
-    settings = identity.of_flags(flags)
-    written = write_release(target, map(chunk, boxes), model.pattern, model.hidden, model.heads, settings)
-    static = {"anyexperts-alpha": 0.0} if model.mixture else {}  # what was released has no importance
-    (target / "model.yaml").write_text(yaml.safe_dump(flags | static, sort_keys=False))
-    write_companions(config, source, target / FOLDER)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(target / FOLDER)
+    with tempfile.TemporaryDirectory() as scratch:
+        companions = source
+        if isinstance(weights, GgufFile):
+            companions = Path(scratch) / "found"
+            tokenizer_of(source).save_pretrained(companions)
+        extended = extend(companions, Path(scratch) / "extended", model.vocabulary) if add_tokens else None
+        tokens = extended.folder if extended else companions
+        flags, rows = model.flags(), extended.rows if extended else model.vocabulary
+        settings = identity.of_flags(flags)
+        if fingerprint := identity.tokenizer_fingerprint(str(tokens)):
+            settings["tokenizer_model"] = fingerprint
+        shaped = map(extended.grown, boxes) if extended else boxes
+        written = write_release(target, map(chunk, shaped), model.pattern, model.hidden, model.heads, settings)
+        static = {"padded-vocab-size": rows} | ({"anyexperts-alpha": 0.0} if model.mixture else {})
+        (target / "model.yaml").write_text(yaml.safe_dump(flags | static, sort_keys=False))
+        write_companions(config, companions, target / FOLDER, extended)
+    if extended:
+        print(extended.said(model.vocabulary))
+    if isinstance(weights, GgufFile):
         stored = ", ".join(f"{count} {kind}" for kind, count in sorted(weights.quantised().items()))
         print(f"all tensors are fp32 now; they were {stored}")
     return written

@@ -10,6 +10,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_anyexperts.survival.manifest import tracked_checkpoint
+from megatron_anyexperts.training import identity
 from megatron_anyexperts.training.arguments import UsageError
 from megatron_anyexperts.weights.checkpoint_stream import CheckpointReader
 from megatron_anyexperts.weights.conversion import refuse_differences
@@ -40,6 +42,7 @@ def export_weights(source: Path, config_path: Path, target: Path) -> list[Path]:
     reader = CheckpointReader(source)
     boxes, repeats = list(mapping(table, model)), copies(table, model)
     _refuse_tensors(source, reader, boxes)
+    _refuse_tokenizer(source, config_path.parent)
     if any(target.glob("*.safetensors")):
         raise UsageError(f"{target} has *.safetensors files already; name a new directory with --output")
     target.mkdir(parents=True, exist_ok=True)
@@ -57,6 +60,17 @@ def export_weights(source: Path, config_path: Path, target: Path) -> list[Path]:
     main = str(types.most_common(1)[0][0]).removeprefix("torch.")
     write_companions(stored_as(config, main), config_path.parent, target)
     return paths
+
+
+def _refuse_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer that goes out must be the one that the weights know."""
+    known = (identity.read(tracked_checkpoint(source)) or {}).get("tokenizer_model")
+    found = identity.tokenizer_fingerprint(str(folder))
+    if known and found and known != found:
+        raise UsageError(
+            f"the weights of {source} go with the tokenizer of content {known}, {folder} holds {found}; name the "
+            "config.json beside the right one with --hf-config (an import has it in hf/)"
+        )
 
 
 def _refuse_tensors(source: Path, reader: CheckpointReader, boxes: Sequence[Mapped]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_anyexperts.training.arguments import UsageError
+from megatron_anyexperts.weights.new_tokens import Extended
 
 FOLDER = "hf"
 """Where a checkpoint that was imported keeps these files."""
@@ -35,13 +36,24 @@ def load_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def write_companions(config: Mapping[str, Any], source: Path, target: Path) -> None:
-    """Write config.json, and copy the tokenizer and the settings of generation where `source` has them."""
+def write_companions(
+    config: Mapping[str, Any], source: Path, target: Path, extended: Extended | None = None
+) -> None:
+    """Write config.json, and copy the tokenizer and the settings of generation where `source` has them.
+
+    Args:
+        extended: the tokenizer instead of that of `source`; it is named in the other files.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    (target / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
-    for name in (*TOKENIZER, _GENERATION):
-        if (source / name).is_file() and (source / name).resolve() != (target / name).resolve():
-            shutil.copyfile(source / name, target / name)
+    tokens = extended.folder if extended else source
+    for name in TOKENIZER:
+        if (tokens / name).is_file() and tokens.resolve() != target.resolve():
+            shutil.copyfile(tokens / name, target / name)
+    settings = load_config(source / _GENERATION) if (source / _GENERATION).is_file() else None
+    for name, values in (("config.json", config), (_GENERATION, settings)):
+        if values is not None:
+            changed = extended.config(values) if extended else dict(values)
+            (target / name).write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
 
 
 def stored_as(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
