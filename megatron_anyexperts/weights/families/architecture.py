@@ -155,10 +155,10 @@ class Architecture:
             "hidden-size": self.hidden,
             "ffn-hidden-size": self.ffn,
             "num-attention-heads": self.heads,
-            "group-query-attention": True,
-            "num-query-groups": self.groups,
             "kv-channels": self.head,
         }
+        if not self.latent:  # Megatron refuses both together
+            flags |= {"group-query-attention": True, "num-query-groups": self.groups}
         if self.qk_norm != "none":
             flags["qk-layernorm"] = True
         if self.qk_norm == "all":
