@@ -34,6 +34,7 @@ def main() -> None:
             "Megatron": count_stock(),
             "ours, operators": count_ours(anyexperts_kernels="off"),
             "ours, kernels": count_ours(anyexperts_kernels="on"),
+            "ours, kernels, cap": count_ours(anyexperts_kernels="on", anyexperts_dispatch_eps=0.1),
         }
         for part in ("router", "dispatch", "figures"):
             for name, counted in variants.items():

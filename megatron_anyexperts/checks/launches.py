@@ -19,6 +19,7 @@ from megatron_anyexperts.checks.operator_counts import OperatorCounts, count_ope
 from megatron_anyexperts.moe.config import AnyExpertsConfig
 from megatron_anyexperts.moe.layer import AnyExpertsMoELayer
 from megatron_anyexperts.moe.metrics import RoutingTracker, install_metrics
+from megatron_anyexperts.moe.quotas import as_on_gpu
 from megatron_anyexperts.moe.router import AnyExpertsRouter
 
 HIDDEN, EXPERTS, TOKENS = 64, 256, 32
@@ -100,9 +101,14 @@ def count_stock() -> dict[str, Counted]:
 
 
 def count_ours(**options) -> dict[str, Counted]:
-    """Router, dispatch with combine and virtual slots, and figures, of our layer."""
-    config = ling_config(**OURS, **options)
+    """Router, dispatch with combine and virtual slots, and figures, of our layer.
+
+    With `anyexperts_dispatch_eps` as if there were several expert ranks, and in the way of a GPU.
+    """
+    config, capped = ling_config(**OURS, **options), "anyexperts_dispatch_eps" in options
     layer, hidden_SBH = build(AnyExpertsMoELayer, config), _hidden()
+    layer.dispatcher.eps = config.anyexperts_dispatch_eps
+    layer.router.needs_fallback = capped
     tracker = install_metrics(config)
     with torch.no_grad():
         importance_T, _ = layer.importance(hidden_SBH)
@@ -116,8 +122,9 @@ def count_ours(**options) -> dict[str, Counted]:
         decision,
         gates_TE=decision.gates_TE.detach().requires_grad_(),
         virtual_gate_T=decision.virtual_gate_T.detach().requires_grad_(),
+        fallback_gates_TE=decision.fallback_gates_TE.detach().requires_grad_() if capped else None,
     )
-    with count_operators() as dispatch:
+    with as_on_gpu(), count_operators() as dispatch:
         sent = layer.dispatcher.dispatch(hidden_TH, decision)
         output_NH = _Experts.apply(sent.expert_input, sent.expert_probs)
         output_TH = layer.combine(output_NH, sent, hidden_TH, decision)

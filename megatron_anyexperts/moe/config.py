@@ -242,8 +242,8 @@ class AnyExpertsConfig(TransformerConfig):
             ),
             "cuda_graph_impl": (
                 self.cuda_graph_impl != "none" and not self._graphs_spare_moe(),
-                "the number of slots changes from step to step, and a graph needs fixed shapes; use cuda_graph_modules "
-                "without moe, moe_router and moe_preprocess",
+                "the number of slots changes from step to step, a graph needs fixed shapes (and Megatron's of the "
+                "router hands on gates and map only): use cuda_graph_modules without moe, moe_router, moe_preprocess",
             ),
             "moe_router_fusion": (
                 self.moe_router_fusion and not self.anyexperts_static,

@@ -123,6 +123,7 @@ TABLE: tuple[tuple[Kind, str, str], ...] = (
      """optimizer freeze_vision_encoder freeze_vision_projector freeze_audio_encoder freeze_audio_projector
      freeze_decoder freeze_importance freeze_all_layers"""),
     # ---- execution
+    (Kind.EXECUTION, "Triton kernels", "anyexperts_kernels"),
     (Kind.EXECUTION, "copies of hot experts",
      "anyexperts_balance anyexperts_copies_eps anyexperts_copies_per_rank anyexperts_copies_min_slots"),
     (Kind.EXECUTION, "parallel layout",

@@ -79,14 +79,27 @@ def model_provider(
     return build_model(*parts, transformer_config(args), pre_process, post_process, vp_stage, pg_collection)
 
 
+def check_vocabulary(args: argparse.Namespace) -> None:
+    """Refuse a tokenizer with more tokens than the model has rows.
+
+    Raises:
+        ValueError: both numbers are in the message.
+    """
+    from megatron.training import get_tokenizer
+
+    if args.tokenizer_model and (tokens := get_tokenizer().vocab_size) > args.padded_vocab_size:
+        raise ValueError(
+            f"padded_vocab_size={args.padded_vocab_size} is fewer than the {tokens} tokens of {args.tokenizer_model}; "
+            "take the tokenizer of the weights, or import them with --add-tokens"
+        )
+
+
 def check(args: argparse.Namespace) -> None:
     """Set what this project requires of Megatron's flags, and refuse what cannot work, before any rank waits.
 
     Raises:
         UsageError: the way out is in the message.
     """
-    from megatron.training import get_tokenizer
-
     from megatron_anyexperts.data.config import DataConfig
     from megatron_anyexperts.data.elastic import streams_per_rank
     from megatron_anyexperts.media import MediaShape
@@ -112,11 +125,6 @@ def check(args: argparse.Namespace) -> None:
         if args.rank == 0:
             said = "gradient accumulation fusion is off: it needs apex (see anyexperts doctor)"
             print(said, file=sys.stderr)
-    if args.tokenizer_model and (tokens := get_tokenizer().vocab_size) > args.padded_vocab_size:
-        raise ValueError(
-            f"padded_vocab_size={args.padded_vocab_size} is fewer than the {tokens} tokens of {args.tokenizer_model}; "
-            "take the tokenizer of the weights, or import them with --add-tokens"
-        )
     decoder = transformer_config(args)
     refuse_unsupported(args.hybrid_layer_pattern, decoder)
     refuse_fp8_rows(args.seq_length, args.micro_batch_size, decoder)
@@ -153,6 +161,7 @@ def prepare(
         signing_key()  # refused now rather than at the first save
         args = parse(cli, defaults)
         check(args)
+        check_vocabulary(args)
         from megatron_anyexperts.data.blend import check_splits
         from megatron_anyexperts.training import schedule
         from megatron_anyexperts.training.comparison import RunSettings
