@@ -162,9 +162,12 @@ def refuse_size(args: argparse.Namespace) -> None:
 
 def _refuse(args: argparse.Namespace) -> None:
     """Refuse what Megatron's own validation lets pass, corrects in silence, or refuses without saying the values."""
-    if args.num_experts is None and "E" in (args.hybrid_layer_pattern or "E"):
-        raise UsageError("--num-experts is not set; this is a mixture-of-experts trainer")
-    if args.num_experts and args.num_experts % args.expert_model_parallel_size:
+    if args.num_experts is None:
+        raise UsageError(
+            "--num-experts is not set; this is a mixture-of-experts trainer: experts of a dense model are made by "
+            "`anyexperts upcycle`"
+        )
+    if args.num_experts % args.expert_model_parallel_size:
         raise UsageError(
             f"--expert-model-parallel-size={args.expert_model_parallel_size} does not divide "
             f"--num-experts={args.num_experts}; use a divisor of the number of experts"
