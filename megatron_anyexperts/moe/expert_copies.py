@@ -197,21 +197,21 @@ class Fetched:
     Attributes:
         way: what is sent and received.
         weights_RN: in the parameter dtype, 0 in places without a copy; complete after `wait`.
-        lent_CN: what is sent, kept alive until then.
+        lent_CN: what is sent; None from then on.
         work: the exchange.
         grad_RN: gradients of the weights, once the copies' backward pass is done.
     """
 
     way: Journey
     weights_RN: Tensor
-    lent_CN: Tensor
+    lent_CN: Tensor | None
     work: torch.distributed.Work
     grad_RN: Tensor | None = None
 
     def wait(self) -> Tensor:
         """[R, N], the weights of the copies."""
         self.work.wait()
-        self.lent_CN = self.lent_CN[:0]
+        self.lent_CN = None
         return self.weights_RN
 
 
@@ -252,6 +252,7 @@ class _Compute(torch.autograd.Function):
             _restore(grad_RN)
             grad_RN.data.zero_()
         torch.autograd.backward(ctx.output_MH, grad_MH)
+        _release(fetched.weights_RN)
         if grad_RN is None:
             grad_RN = torch.cat([weight.grad.flatten() for weight in weights]).view(fetched.weights_RN.shape)
         fetched.grad_RN = grad_RN
