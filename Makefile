@@ -4,7 +4,7 @@ RUN ?= runs/demo
 export OMP_NUM_THREADS ?= 1
 # Ranks wait for each other half of the time, so two test processes keep two cores busy; tests/conftest.py says what
 # must share a process.
-PYTEST := $(PY) -m pytest --numprocesses 2 --dist loadgroup
+PYTEST := $(PY) -m pytest --numprocesses 2 --dist loadscope
 
 .PHONY: help setup demo check test test-slow lint docs lock clean
 
