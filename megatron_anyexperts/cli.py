@@ -37,6 +37,7 @@ VERBS = {
     "corpus verify": Verb(f"{_COMMANDS}.corpus_verify:main", "read every shard and name what is damaged"),
     "corpus stats": Verb(f"{_COMMANDS}.corpus_stats:main", "what a corpus is made of"),
     "corpus plan": Verb(f"{_COMMANDS}.corpus_plan:main", "epochs, load and blends of a mixture"),
+    "plan": Verb(f"{_COMMANDS}.plan:main", "memory, time and cost before submitting, and the best layout"),
     "doctor": Verb("megatron_anyexperts.checks.doctor:main", "what is installed, and what a configuration needs"),
     "gpu-check": Verb("megatron_anyexperts.checks.gpu_check:main", "compare precisions and implementations"),
     "completion": Verb("megatron_anyexperts.completion:main", "print the completion script of a shell"),

@@ -23,7 +23,8 @@ LOWER = {
     "evaluation": {"platform", "moe", "survival", "models", "data", "training"},
     "analysis": {"survival", "evaluation"},
     "checks": {"platform", "models", "moe", "data", "training"},
-    "commands": {"platform", "survival", "data", "corpus", "training", "weights", "evaluation", "analysis"},
+    "commands": {"platform", "survival", "data", "corpus", "training", "weights", "evaluation", "analysis",
+                 "checks"},
 }
 """Each package, and what it may import beside itself and `ANYONE`."""
 EXCEPTIONS = {
