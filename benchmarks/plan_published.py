@@ -73,7 +73,7 @@ RUNS = (
 
 
 def predict(run: Published) -> tuple[float, float, float]:
-    """Tokens a second of a GPU, predicted; and TFLOP/s of a GPU, predicted and published, by our count of operations."""
+    """Tokens a second of a GPU, predicted; and its TFLOP/s, predicted and published, by our count of operations."""
     setting = Setting(run.sizes, run.precision, GPUS[run.gpu], ASSUMED, Feed(SEQUENCE), once=True)
     seconds = step_time(setting, run.layout).total
     tokens = run.layout.global_batch * SEQUENCE / run.layout.gpus / seconds
@@ -82,8 +82,8 @@ def predict(run: Published) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    print("| model | GPUs | layout | tokens/s/GPU published | predicted | ratio | TFLOP/s published | predicted | source |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    heads = ("model", "GPUs", "layout", "tokens/s a GPU", "predicted", "ratio", "TFLOP/s a GPU", "predicted", "source")
+    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     for run in RUNS:
         tokens, predicted, published = predict(run)
         shape = f"TP{run.layout.tensor} PP{run.layout.pipeline} EP{run.layout.expert}, {run.layout.global_batch:,} rows"

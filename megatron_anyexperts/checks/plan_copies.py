@@ -1,7 +1,7 @@
 """When copies of hot experts pay (`--anyexperts-balance copies`), by link, from bytes and operations.
 
-A copy sends an expert's weights forward and again backward, and takes an fp32 gradient home: four times its bf16 size. A
-slot that moves off the fullest rank saves three forward products there, and its place in the exchange.
+A copy sends an expert's weights forward and again backward, and takes an fp32 gradient home: four times its bf16 size.
+A slot that moves off the fullest rank saves three forward products there, and its place in the exchange.
 """
 
 from __future__ import annotations

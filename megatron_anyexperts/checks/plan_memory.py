@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megatron_anyexperts.checks.plan_layout import Layout
 from megatron_anyexperts.checks.plan_parameters import Parameters, Stage, stage_parameters, stages
 from megatron_anyexperts.checks.plan_sizes import EncoderSizes, MixtureSizes, ModelSizes
+from megatron_anyexperts.checks.plan_work import ENCODER_MLP
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def encoder_bytes(encoder: EncoderSizes, recompute: frozenset[str], operand: int
         return encoder.layers * 4.0 * hidden
     attention = (2 + operand) * hidden + 6 * hidden + 2 * hidden + 4 * encoder.heads
     mlp = (2 + operand) * hidden + (2 + operand) * encoder.ffn
-    return encoder.layers * (attention + (2 * hidden if recompute & {"mlp", "moe", "moe_act"} else mlp))
+    return encoder.layers * (attention + (2 * hidden if recompute & ENCODER_MLP else mlp))
 
 
 def logit_bytes(sizes: ModelSizes, layout: Layout, precision: Precision) -> float:

@@ -163,8 +163,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
     ]
     for link, cost in found.get("copies", {}).items():
         lines.append(
-            f"  a copy       over {link} takes {cost['seconds'] * 1e6:.0f} us and pays from {cost['slots']:,} slots, the "
-            f"first at a load of {cost['imbalance']:.2f} times the mean"
+            f"  a copy       over {link} takes {cost['seconds'] * 1e6:.0f} us and pays from {cost['slots']:,} slots, "
+            f"the first at a load of {cost['imbalance']:.2f} times the mean"
         )
     if "days" in speed:
         cost = f", cost {speed['cost']:,.0f}" if "cost" in speed else ""

@@ -19,7 +19,15 @@ from megatron_anyexperts.checks.plan_traffic import (
     pipeline_exchange,
     tensor_exchange,
 )
-from megatron_anyexperts.checks.plan_work import Work, again, encoder_work, head_work, layer_work
+from megatron_anyexperts.checks.plan_work import (
+    KERNELS,
+    Work,
+    again,
+    encoder_again,
+    encoder_work,
+    head_work,
+    layer_work,
+)
 
 
 @dataclass(frozen=True)
@@ -96,22 +104,24 @@ def _stage_time(setting: Setting, layout: Layout, stage: Stage) -> Step:
 def _compute(setting: Setting, layout: Layout, stage: Stage) -> dict[str, float]:
     """Seconds of a microbatch without exchanges."""
     sizes, gpu, reached = setting.sizes, setting.gpu, setting.reached
-    layers, moved, waits = Work(), 0.0, 0
-    letters = stage.letters + "".join(sizes.prediction) * stage.last
-    for letter in letters:
+    layers, plain, quantised, kernels, waits = Work(), Work(), 0.0, 0.0, 0
+    for letter in stage.letters + "".join(sizes.prediction) * stage.last:
         forward = layer_work(sizes, letter, setting.feed.document)
         repeated = again(sizes, letter, layout.recompute, forward)
-        layers += forward.times(3) + repeated + Work(kernels=-2 * forward.kernels)
-        quantised = 4 * operands(sizes, letter) if setting.precision.fp8 else 0.0
-        moved += (3 + (repeated.operations > 0)) * quantised
+        layers += forward.times(3) + repeated
+        if setting.precision.fp8:
+            # Read in bf16, written in FP8 by rows and by columns.
+            quantised += 4 * operands(sizes, letter) * (3 + (repeated.operations > 0))
+        kernels += KERNELS[letter] * (4 if repeated.operations else 3) / 3
         waits += (letter == "E") * (1 + (repeated.grouped > 0))
-    plain = Work()
     if stage.last:
-        head = head_work(sizes)
-        plain += head.times(3) + Work(kernels=-2 * head.kernels)
+        plain += head_work(sizes).times(3)
+        kernels += KERNELS["head"] * (1 + len(sizes.prediction))
     if stage.first and sizes.vision and setting.feed.pictures:
         picture = encoder_work(sizes.vision, sizes.hidden, setting.feed.patches)
-        plain += picture.times(3 * setting.feed.pictures) + Work(kernels=picture.kernels)
+        passes = picture.times(3) + encoder_again(sizes.vision, layout.recompute, picture)
+        plain += passes.times(setting.feed.pictures)
+        kernels += KERNELS["encoder"] * sizes.vision.layers
     peak = gpu.fp8 * reached.fp8 if setting.precision.fp8 else gpu.bf16 * reached.bf16
     tokens, bf16 = layout.tokens, gpu.bf16 * reached.bf16
     weights = sum(each.local(layout.tensor, layout.expert * layout.expert_tensor)
@@ -122,8 +132,8 @@ def _compute(setting: Setting, layout: Layout, stage: Stage) -> dict[str, float]
         "products of dense layers": tokens * (layers.dense / peak + plain.dense / bf16),
         "products of experts": tokens * layers.grouped / (peak * reached.grouped),
         "attention": tokens * (layers.attention + plain.attention) / (gpu.bf16 * reached.attention),
-        "memory traffic": (tokens * (layers.moved + plain.moved + moved) + through) / (gpu.hbm * reached.hbm),
-        "launches and waits": (layers.kernels + plain.kernels) * reached.launch + waits * reached.wait,
+        "memory traffic": (tokens * (layers.moved + plain.moved + quantised) + through) / (gpu.hbm * reached.hbm),
+        "launches and waits": kernels * reached.launch + waits * reached.wait,
     }
 
 

@@ -9,25 +9,23 @@ from megatron_anyexperts.checks.plan_sizes import EncoderSizes, ModelSizes
 
 @dataclass(frozen=True)
 class Work:
-    """Of one token, forward: operations by kind, bytes read and written between products, kernels of a whole layer.
+    """Of one token, forward.
 
     Attributes:
         dense, grouped, attention: operations of products with weights, of those of routed experts, of attention.
-        moved: bytes.
-        kernels: started for a microbatch, forward and backward, however many tokens it has.
+        moved: bytes read and written between products.
     """
 
     dense: float = 0.0
     grouped: float = 0.0
     attention: float = 0.0
     moved: float = 0.0
-    kernels: int = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
     def times(self, factor: float) -> Work:
-        """As often; kernels too."""
+        """As often."""
         return Work(*(getattr(self, name) * factor for name in self.__dataclass_fields__))
 
     @property
@@ -36,8 +34,8 @@ class Work:
         return self.dense + self.grouped + self.attention
 
 
-KERNELS = {"*": 60, "-": 30, "E": 250}
-"""Launches of a layer, forward and backward, roughly: docs/gpu.md counts router, dispatch and metrics."""
+KERNELS = {"*": 60, "-": 30, "E": 250, "head": 40, "encoder": 90}
+"""Launches of a layer, of an output layer with its loss, of a block of an encoder, forward and backward: rounded."""
 
 
 def layer_work(sizes: ModelSizes, letter: str, document: float) -> Work:
@@ -46,16 +44,16 @@ def layer_work(sizes: ModelSizes, letter: str, document: float) -> Work:
     Args:
         document: tokens of a document, within which tokens attend to those before them.
     """
-    hidden, kernels = sizes.hidden, KERNELS[letter]
+    hidden = sizes.hidden
     around = 10.0 * hidden  # norm and residual: read and written, bf16
     if letter == "*":
         scores = (sizes.query_width + sizes.value_width) * document
         moved = around + 2 * (3 * sizes.query_width + 3 * sizes.kv_width + 2 * sizes.value_width)
-        return Work(2.0 * attention_weights(sizes), 0.0, scores, moved, kernels)
+        return Work(2.0 * attention_weights(sizes), 0.0, scores, moved)
     inner = sizes.matrices - 1
     if letter == "-":
         weights = sizes.matrices * hidden * sizes.ffn
-        return Work(2.0 * weights, 0.0, 0.0, around + 4 * hidden + 2 * (2 * inner + 2) * sizes.ffn, kernels)
+        return Work(2.0 * weights, 0.0, 0.0, around + 4 * hidden + 2 * (2 * inner + 2) * sizes.ffn)
     mixture = sizes.mixture
     read = mixture.latent or hidden
     dense = hidden * (mixture.experts + mixture.virtual + mixture.importance) + sizes.matrices * hidden * mixture.shared
@@ -64,7 +62,7 @@ def layer_work(sizes: ModelSizes, letter: str, document: float) -> Work:
     slot = 2 * (2 + 2 + 1 + 1 + 2 + 1) * read + 2 * (2 * inner + 2) * mixture.ffn
     moved = around + 2 * (2 * inner + 2) * mixture.shared + 24 * (mixture.experts + mixture.virtual)
     grouped = 2.0 * mixture.real * sizes.matrices * read * mixture.ffn
-    return Work(2.0 * dense, grouped, 0.0, moved + mixture.real * slot, kernels)
+    return Work(2.0 * dense, grouped, 0.0, moved + mixture.real * slot)
 
 
 def attention_weights(sizes: ModelSizes) -> int:
@@ -87,8 +85,8 @@ def latent_weights(sizes: ModelSizes) -> int:
 def head_work(sizes: ModelSizes) -> Work:
     """Of the output layer and the loss, once for each depth of prediction and once more."""
     heads = 1 + len(sizes.prediction)
-    join = Work(4.0 * sizes.hidden**2, 0.0, 0.0, 20.0 * sizes.hidden, 20).times(len(sizes.prediction))
-    return join + Work(2.0 * sizes.hidden * sizes.vocabulary, 0.0, 0.0, 16.0 * sizes.vocabulary, 20).times(heads)
+    join = Work(4.0 * sizes.hidden**2, 0.0, 0.0, 20.0 * sizes.hidden).times(len(sizes.prediction))
+    return join + Work(2.0 * sizes.hidden * sizes.vocabulary, 0.0, 0.0, 16.0 * sizes.vocabulary).times(heads)
 
 
 def encoder_work(encoder: EncoderSizes, output: int, neighbours: float) -> Work:
@@ -102,7 +100,19 @@ def encoder_work(encoder: EncoderSizes, output: int, neighbours: float) -> Work:
     moved = layers * (20.0 * hidden + 14 * hidden + 8 * ffn)
     position = Work(2.0 * weights, 0.0, layers * 4.0 * hidden * neighbours, moved)
     projector = Work(2.0 * (encoder.merged * hidden + output) * output)
-    return position.times(encoder.merged) + projector + Work(kernels=90 * layers)
+    return position.times(encoder.merged) + projector
+
+
+def encoder_again(encoder: EncoderSizes, recompute: frozenset[str], work: Work) -> Work:
+    """What of an encoder's forward work for one token the backward pass does once more."""
+    if "full" in recompute:
+        return work
+    mlp = 4.0 * encoder.layers * encoder.hidden * encoder.ffn * encoder.merged
+    return Work(dense=mlp * bool(recompute & ENCODER_MLP))
+
+
+ENCODER_MLP = frozenset({"mlp", "moe", "moe_act"})
+"""Modules of the decoder for which an encoder recomputes its MLPs; see `models.encoder`."""
 
 
 def again(sizes: ModelSizes, letter: str, recompute: frozenset[str], work: Work) -> Work:

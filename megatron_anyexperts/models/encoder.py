@@ -27,6 +27,10 @@ _INHERITED = {
     *("recompute_granularity", "recompute_method", "recompute_num_layers", "distribute_saved_activations"),
 }
 
+_RECOMPUTED = {"core_attn": "core_attn", "mlp": "mlp", "moe": "mlp", "moe_act": "mlp"}
+"""What an encoder recomputes for what the decoder does. Megatron cannot recompute the activation of a dense MLP alone,
+so the whole MLP stands for it. Norms are fused into the layers behind them; the rest has no counterpart here."""
+
 
 def encoder_config(
     decoder: TransformerConfig, num_layers: int, hidden_size: int, ffn_hidden_size: int, num_heads: int
@@ -35,7 +39,7 @@ def encoder_config(
 
     The encoder is split over the same tensor-parallel ranks, but never over the sequence: images and clips are short,
     and with whole sequences the gradients of norms and embeddings are the same on all those ranks, so nothing has to
-    be summed. Precision, FP8 recipe, initialisation and full recomputation follow the decoder.
+    be summed. Precision, FP8 recipe, initialisation and recomputation follow the decoder.
 
     Raises:
         ValueError: the tensor-parallel size does not divide `num_heads`, or `num_heads` not `hidden_size`.
@@ -51,7 +55,8 @@ def encoder_config(
         if field.name in _INHERITED or field.name.startswith(("fp8", "tp_only_amax"))
     }
     if decoder.recompute_granularity == "selective":
-        inherited |= {"recompute_granularity": None}
+        modules = sorted({_RECOMPUTED[name] for name in decoder.recompute_modules if name in _RECOMPUTED})
+        inherited |= {"recompute_modules": modules} if modules else {"recompute_granularity": None}
     return TransformerConfig(
         **inherited,
         num_layers=num_layers,

@@ -105,6 +105,28 @@ def test_empty_clips_are_refused(model, lengths):
         model.audio(frames(4), lengths)
 
 
+@pytest.mark.parametrize("modules", [["core_attn"], ["mlp"], ["moe"], ["core_attn", "moe"]])
+def test_selective_recomputation_keeps_less_and_changes_no_gradient(make_model, modules):
+    """The flag of the decoder; `moe` is a mixture there, and the dense MLP in an encoder."""
+    kept, gradients = [], []
+    for recompute in ({}, {"recompute_granularity": "selective", "recompute_modules": modules}):
+        built = make_model(**recompute)
+        sizes: dict[int, int] = {}
+
+        def keep(saved, sizes=sizes):
+            sizes[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            outputs = (built.vision(patches(36), GRIDS), built.audio(frames(sum(CLIPS)), CLIPS))
+        kept.append(sum(sizes.values()))
+        sum(output.square().sum() for output in outputs).backward()
+        gradients.append({name: p.grad for name, p in built.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert kept[1] < kept[0]
+
+
 def test_heads_that_do_not_divide_are_refused():
     decoder = small_config()
     decoder.tensor_model_parallel_size = 2
