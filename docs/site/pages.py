@@ -25,6 +25,7 @@ PAGES = {
     },
     "Data": {"Building shards": "building_shards.md", "Feeding training": "data.md"},
     "Runs": {
+        "Planning a job": "planning.md",
         "Slurm": "slurm.md",
         "Survival": "survival.md",
         "Reading a run": "reading_a_run.md",
