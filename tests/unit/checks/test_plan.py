@@ -18,9 +18,11 @@ def test_ling_on_64_gpus(capsys):
     assert mine["layout"]["expert"] == 8 and mine["layout"]["data"] == 64 and mine["refused"] is None
     gib = mine["gib_per_gpu"]
     parts = ("static", "activations", "logits", "exchange")
-    assert gib["text_rows"] == pytest.approx(sum(gib[part] for part in parts)) < gib["picture_rows"] < mine["room_gib"]
+    assert gib["text_rows"] == pytest.approx(sum(gib[part] for part in parts))
+    assert gib["text_rows"] < gib["picture_rows"] < mine["room_gib"]
     speed = mine["speed"]
-    assert speed["step_seconds"] == pytest.approx(sum(mine["seconds"].values())) >= best["speed"]["step_seconds"]
+    assert speed["step_seconds"] == pytest.approx(sum(mine["seconds"].values()))
+    assert speed["step_seconds"] >= best["speed"]["step_seconds"]
     assert speed["tokens_per_second"] == pytest.approx(4096 * 4096 / speed["step_seconds"])
     assert speed["days"] == pytest.approx(2.2e11 / speed["tokens_per_second"] / 86_400)
     assert speed["cost"] == pytest.approx(speed["days"] * 24 * 64 * 2)
