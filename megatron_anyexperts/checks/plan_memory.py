@@ -151,7 +151,7 @@ def stage_memory(sizes: ModelSizes, layout: Layout, precision: Precision, stage:
     again = 0.0
     if layout.recompute & {"full", "moe"}:
         # The layer that is just being computed again keeps everything.
-        again = max(layer_bytes(sizes, letter, frozenset(), precision.operand) for letter in letters)
+        again = max((layer_bytes(sizes, letter, frozenset(), precision.operand) for letter in letters), default=0.0)
     slots = layout.tokens * mixture.real if mixture and "E" in letters else 0.0
     worst = worst_slots(mixture, layout) if slots else 0.0
     copies = mixture.copies * 3 * sizes.matrices * (mixture.latent or sizes.hidden) * mixture.ffn if slots else 0

@@ -42,6 +42,7 @@ HOW = {
     ("docs/conversion.md", "python pretrain/upcycle"): "tests/end_to_end/test_conversion.py; files of the reader",
     ("docs/gpu.md", "./bootstrap.sh"): "needs a GPU",
     ("docs/gpu.md", "proxy="): "tests/unit/checks/test_doctor.py validates each line of the table below it",
+    ("docs/planning.md", "anyexperts plan"): "tests/unit/checks/test_plan.py",
     ("docs/reading_a_run.md", "anyexperts runs"): "tests/unit/analysis/test_runs.py; test_budgets.py draws pictures",
     ("docs/recipes.md", "python pretrain/demo.py"): "the block after it has its steps",
     ("docs/recipes.md", "python data_tools/fetch"): RECIPE,

@@ -14,6 +14,7 @@ from megatron_anyexperts.checks.plan_parameters import Stage, by_part, stage_par
 from megatron_anyexperts.checks.plan_sizes import LatentSizes, ModelSizes, UsageError, sizes_from
 from megatron_anyexperts.media import MediaShape
 from megatron_anyexperts.models.build import EncoderConfig, LanguageModelConfig, build_model, part_of
+from megatron_anyexperts.training.pretrain import transformer_config
 from tests.unit.checks.planned import MIXTURE, layout, megatron_arguments
 from tests.unit.models.small import DYNAMIC, small_arguments, small_config
 
@@ -71,8 +72,6 @@ def test_the_full_ling_configuration_is_counted(one_rank):
     words += ["--unset", "recompute-granularity", "--unset", "recompute-modules"]
     args = parse_flags(words)
     args.padded_vocab_size, args.params_dtype = 157_184, torch.bfloat16
-    from megatron_anyexperts.training.pretrain import transformer_config
-
     args.num_layers = 40
     config = transformer_config(args)
     config.perform_initialization = False

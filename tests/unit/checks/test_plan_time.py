@@ -11,9 +11,11 @@ from megatron_anyexperts.checks.plan_copies import copy_costs
 from megatron_anyexperts.checks.plan_hardware import ASSUMED, GPUS
 from megatron_anyexperts.checks.plan_layout import refusal
 from megatron_anyexperts.checks.plan_memory import Precision
+from megatron_anyexperts.checks.plan_parameters import by_part, stages
 from megatron_anyexperts.checks.plan_search import examine, neighbours, search
 from megatron_anyexperts.checks.plan_time import Feed, step_time
 from megatron_anyexperts.checks.plan_traffic import data_exchange, distinct, expert_exchange, tensor_exchange
+from megatron_anyexperts.checks.plan_work import training_operations
 from tests.unit.checks.planned import MIXTURE, SEQUENCE, layout, setting
 from tests.unit.checks.test_plan_memory import layouts
 
@@ -42,8 +44,6 @@ def test_distinct_places_are_counted_for_a_case_by_hand():
 
 def test_a_ring_through_a_node_shares_its_links():
     sizes, precision = replace(MIXTURE, pattern="*-" * 4, mixture=None, vision=None), Precision()
-    from megatron_anyexperts.checks.plan_parameters import by_part, stages
-
     sent = data_exchange(sizes, layout(expert=1), precision, stages(sizes, 1)[0])
     bytes_ = 6 * sum(by_part(sizes).values()) * 63 / 64
     assert sent.nvlink == pytest.approx(bytes_) and sent.network == pytest.approx(bytes_ / 8)
@@ -61,8 +61,6 @@ def test_what_reaches_more_takes_no_longer(job, name):
 @given(job=layouts())
 @settings(max_examples=40)
 def test_no_step_beats_the_peak(job):
-    from megatron_anyexperts.checks.plan_work import training_operations
-
     tokens = job.global_batch * SEQUENCE / job.gpus
     least = tokens * training_operations(MIXTURE, SEQUENCE) / GPUS["h100"].bf16
     assert step_time(setting(), job).total > least
