@@ -65,7 +65,7 @@ def test_a_shell_completes_verbs_and_flags(tmp_path, capsys, monkeypatch):
 
     assert completed("gen") == {"generate"}
     assert completed("corpus", "b") == {"build"}
-    assert completed("pretrain", "--anyexperts-k") == {"--anyexperts-k-min", "--anyexperts-k-max"}
+    assert completed("pretrain", "--anyexperts-k-") == {"--anyexperts-k-min", "--anyexperts-k-max"}
     assert completed("generate", "--temp") == {"--temperature"}
 
 
