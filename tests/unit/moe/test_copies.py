@@ -165,10 +165,10 @@ def test_no_copy_has_fewer_slots_than_the_least_and_the_rank_over_the_cap_keeps_
 ):
     counts, ranks = demand
     plan = plan_copies(counts, ranks, per_rank, eps, least)
-    load_P = plan.load(counts.sum(0), ranks)
+    before_P, load_P = counts.reshape(len(counts), ranks, -1).sum((0, 2)), plan.load(counts.sum(0), ranks)
     away = plan.rank_G != plan.expert_G // (counts.shape[1] // ranks)
     assert load_P.sum() == counts.sum() and load_P.max() <= plan.cap
     assert (plan.flow_GS.sum(1)[away] >= least).all()
-    unpriced = plan_copies(counts, ranks, per_rank, eps)
-    assert plan.copies == 0 or load_P.max() < counts.reshape(len(counts), ranks, -1).sum((0, 2)).max()
-    assert unpriced.cap <= plan.cap
+    # Another rank may keep the maximum, where its excess is too small for a copy.
+    assert plan.copies == 0 or (load_P.max() <= before_P.max() and np.var(load_P) < np.var(before_P))
+    assert plan_copies(counts, ranks, per_rank, eps).cap <= plan.cap
