@@ -3,12 +3,12 @@
     python benchmarks/plan_published.py
 
 Models are described by their sizes, runs by what their sources say. Every prediction uses the same efficiencies
-(`checks/plan_hardware.py`), and none was fitted to a row.
+(`hardware.py`), and none was fitted to a row.
 """
 
 from dataclasses import dataclass
 
-from megatron_anyexperts.checks.plan_hardware import ASSUMED, GPUS
+from megatron_anyexperts.hardware import ASSUMED, GPUS
 from megatron_anyexperts.checks.plan_layout import Layout
 from megatron_anyexperts.checks.plan_memory import Precision
 from megatron_anyexperts.checks.plan_sizes import LatentSizes, MixtureSizes, ModelSizes

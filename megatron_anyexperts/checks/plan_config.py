@@ -8,7 +8,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 from megatron_anyexperts.checks.doctor import parse_config
-from megatron_anyexperts.checks.plan_hardware import ASSUMED, GPUS, GPUS_PER_NODE
+from megatron_anyexperts.hardware import ASSUMED, GPUS, GPUS_PER_NODE
 from megatron_anyexperts.checks.plan_layout import Layout
 from megatron_anyexperts.checks.plan_memory import Precision
 from megatron_anyexperts.checks.plan_sizes import sizes_from

@@ -1,16 +1,12 @@
-"""When copies of hot experts pay (`--anyexperts-balance copies`), by link, from bytes and operations.
-
-A copy sends an expert's weights forward and again backward, and takes an fp32 gradient home: four times its bf16 size.
-A slot that moves off the fullest rank saves three forward products there, and its place in the exchange.
-"""
+"""When copies of hot experts pay (`--anyexperts-balance copies`), by link: `moe/copy_price.py` for a planned layout."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from megatron_anyexperts.checks.plan_layout import Layout
 from megatron_anyexperts.checks.plan_time import Setting
+from megatron_anyexperts.moe.copy_price import price
 
 
 @dataclass(frozen=True)
@@ -30,17 +26,17 @@ class CopyCost:
 
 def copy_costs(setting: Setting, layout: Layout) -> dict[str, CopyCost]:
     """Of a copy that stays on a node, and of one that leaves it."""
-    sizes, gpu, reached = setting.sizes, setting.gpu, setting.reached
-    mixture = sizes.mixture
+    sizes, mixture = setting.sizes, setting.sizes.mixture
     read = mixture.latent or sizes.hidden
-    weights = sizes.matrices * read * mixture.ffn
-    peak = gpu.fp8 * reached.fp8 if setting.precision.fp8 else gpu.bf16 * reached.bf16
-    links = {"NVLink": gpu.nvlink * reached.nvlink, "network": gpu.network * reached.network}
     costs = {}
-    for name, bandwidth in links.items():
-        seconds = 4 * 2.0 * weights / bandwidth
-        # There and back, forward and backward.
-        saved = 3 * 2.0 * weights / (peak * reached.grouped) + 4 * 2.0 * read / bandwidth
-        slots = math.ceil(seconds / saved)
-        costs[name] = CopyCost(seconds, slots, 1 + slots / (layout.tokens * mixture.real))
+    for link in ("NVLink", "network"):
+        one = price(
+            sizes.matrices * read * mixture.ffn,
+            read,
+            setting.precision.fp8,
+            setting.gpu,
+            link == "NVLink",
+            setting.reached,
+        )
+        costs[link] = CopyCost(one.seconds, one.slots, 1 + one.slots / (layout.tokens * mixture.real))
     return costs

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import product
 
-from megatron_anyexperts.checks.plan_hardware import GIB
+from megatron_anyexperts.hardware import GIB
 from megatron_anyexperts.checks.plan_layout import Layout, refusal
 from megatron_anyexperts.checks.plan_memory import Memory, fullest
 from megatron_anyexperts.checks.plan_time import Setting, Step, step_time

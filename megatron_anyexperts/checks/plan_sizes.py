@@ -188,7 +188,7 @@ def _mixture(args: Namespace) -> MixtureSizes:
     constant = virtual > 0 and args.anyexperts_virtual_kind == "constant"
     slots = args.anyexperts_target_slots or topk
     eps = None if stock else args.anyexperts_dispatch_eps
-    copies = not stock and args.anyexperts_balance == "copies"
+    copies = not stock and args.anyexperts_balance != "reroute"
     return MixtureSizes(
         experts=args.num_experts,
         ffn=args.moe_ffn_hidden_size or args.ffn_hidden_size,

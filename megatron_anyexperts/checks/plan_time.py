@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_anyexperts.checks.plan_hardware import Efficiency, Gpu
+from megatron_anyexperts.hardware import Efficiency, Gpu
 from megatron_anyexperts.checks.plan_layout import Layout
 from megatron_anyexperts.checks.plan_memory import Precision
 from megatron_anyexperts.checks.plan_parameters import Stage, stage_parameters, stages

@@ -93,10 +93,11 @@ class AnyExpertsConfig(TransformerConfig):
     anyexperts_dispatch_eps: float | None = None
     """Cap on what an expert rank may receive: ceil((1 + eps) * real slots / ranks). None or inf: no cap (dropless)."""
 
-    anyexperts_balance: Literal["reroute", "copies"] = "reroute"
+    anyexperts_balance: Literal["reroute", "copies", "auto"] = "reroute"
     """What keeps expert ranks equally loaded. reroute: the cap of --anyexperts-dispatch-eps alone, if there is one;
     copies: hot experts are computed on idle ranks as well, with temporary copies of their weights, which changes no
-    routing; the cap, if there is one, then acts on what copies cannot carry."""
+    routing; the cap, if there is one, then acts on what copies cannot carry. auto: copies with the fewest slots that pay
+    by the cost model of `anyexperts plan`, none on a GPU that it does not know; the start of training says which."""
 
     anyexperts_copies_eps: float = 0.05
     """Copies bring each expert rank to at most ceil((1 + eps) * real slots / ranks), wherever their number allows."""
@@ -263,8 +264,11 @@ class AnyExpertsConfig(TransformerConfig):
         for option, (present, reason) in refused.items():
             if present:
                 raise ValueError(f"{option} does not combine with dynamic expert slots: {reason}")
-        if self.anyexperts_balance == "copies":
-            self._refuse_with_copies()
+        for option, reason in self.against_copies().items() if self.anyexperts_balance == "copies" else ():
+            raise ValueError(
+                f"{option} does not combine with anyexperts_balance=copies: {reason}; use anyexperts_balance=reroute "
+                "with anyexperts_dispatch_eps"
+            )
         if (
             self.moe_router_score_function == "softmax"
             and not self.moe_router_pre_softmax
@@ -291,11 +295,16 @@ class AnyExpertsConfig(TransformerConfig):
                 "change one of them, or add a budget or spread loss"
             )
 
-    def _refuse_with_copies(self) -> None:
+    def against_copies(self) -> dict[str, str]:
+        """Options that stand against copies of hot experts, and why."""
         refused = {
-            "fp8 or fp4": (
-                self.fp8 or self.fp4,
-                "a quantised layer keeps scales of its own weights, and a copy's weights are others each time",
+            "fp8_recipe=delayed": (
+                self.fp8 and self.fp8_recipe == "delayed",
+                "its scales come from steps before, when a place held another expert; other recipes scale what is there",
+            ),
+            "fp8_param or fp4": (
+                self.fp8_param or self.fp4,
+                "weights travel in the parameter dtype, and these have scales or blocks beside them",
             ),
             "delay_wgrad_compute": (
                 self.delay_wgrad_compute,
@@ -306,12 +315,7 @@ class AnyExpertsConfig(TransformerConfig):
                 "the fused experts hold their weights themselves, and a copy's are handed in",
             ),
         }
-        for option, (present, reason) in refused.items():
-            if present:
-                raise ValueError(
-                    f"{option} does not combine with anyexperts_balance=copies: {reason}; use "
-                    "anyexperts_balance=reroute with anyexperts_dispatch_eps"
-                )
+        return {option: reason for option, (present, reason) in refused.items() if present}
 
     def _graphs_spare_moe(self) -> bool:
         names = {getattr(module, "name", module) for module in self.cuda_graph_modules or ()}

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from megatron_anyexperts.moe import fused_permute
 from megatron_anyexperts.moe.copies import CopyPlan, plan_copies
+from megatron_anyexperts.moe.copy_price import settle
 from megatron_anyexperts.moe.decision import RoutingDecision
 from megatron_anyexperts.moe.host_copy import HostCopy
 from megatron_anyexperts.moe.kernels import has_kernels
@@ -158,8 +159,8 @@ class SlotDispatcher:
         eps = config.anyexperts_dispatch_eps
         self.eps = None if eps is None or math.isinf(eps) or self.ep_size == 1 else eps
         self.align = get_align_size_for_quantization(config) if config.moe_router_padding_for_quantization else 0
-        self.with_copies = config.anyexperts_balance == "copies" and self.ep_size > 1
-        self.places = config.anyexperts_copies_per_rank if self.with_copies else 0
+        self.balance = settle(config, self.ep_group)
+        self.places = config.anyexperts_copies_per_rank if self.balance.copies else 0
         self._owned, self._physical = (self._columns(num_local_experts + more) for more in (0, self.places))
 
     def _columns(self, width: int) -> _Columns:
@@ -191,7 +192,7 @@ class SlotDispatcher:
         counts_SE = self._gather(decision.routing_map_TE.sum(0))
         demanded_P = self._per_rank(counts_SE, self._owned).sum(0)
         columns, known, plan, physical = self._owned, None, None, None
-        if self.with_copies:
+        if self.balance.copies:
             # The one wait for a GPU: the splits follow from these counts as well, unless a cap changes them.
             known = counts_SE.cpu()
             plan, physical = self._plan_copies(known)
@@ -239,8 +240,8 @@ class SlotDispatcher:
 
     def _plan_copies(self, counts_SE: Tensor) -> tuple[CopyPlan | None, PhysicalExperts | None]:
         """The plan and its columns, on the host; None where no copy helps."""
-        eps, least = self.config.anyexperts_copies_eps, self.config.anyexperts_copies_min_slots
-        plan = plan_copies(counts_SE.numpy(), self.ep_size, self.places, eps, least)
+        eps = self.config.anyexperts_copies_eps
+        plan = plan_copies(counts_SE.numpy(), self.ep_size, self.places, eps, self.balance.least)
         if not plan.copies:
             return None, None
         return plan, lay_out(counts_SE.numpy(), self.ep_size, self.places, plan)

@@ -56,7 +56,7 @@ class AnyExpertsMoELayer(MoELayer):
         self.token_dispatcher = None
         self.dispatcher = SlotDispatcher(config, self.num_local_experts, self.local_expert_indices, pg_collection)
         self.copies = None
-        if self.dispatcher.with_copies:
+        if self.dispatcher.balance.copies:
             self.copies = ExpertCopies(
                 self.experts, partial(self.submodules.experts, pg_collection=pg_collection), config, pg_collection.ep
             )

@@ -15,6 +15,7 @@ from megatron_anyexperts.console import say
 from megatron_anyexperts.data.blend import open_blend
 from megatron_anyexperts.data.config import DataConfig
 from megatron_anyexperts.moe.config import AnyExpertsConfig
+from megatron_anyexperts.moe.copy_price import settle
 
 PARTS = ("experts", "rest of the decoder", "embeddings", "vision", "audio")
 
@@ -112,6 +113,8 @@ def say_loaded(args: argparse.Namespace, config: AnyExpertsConfig, counts: dict[
     else:
         say(f"checkpoint: {'weights alone; counting begins at 0' if _pretrained(args) else 'none, random weights'}")
     say(model_line(dict(zip(PARTS, sizes.tolist(), strict=True)), expected_real_slots(args, config), args.num_experts))
+    if balance := settle(config, mpu.get_expert_model_parallel_group()).why:
+        say(f"balance: {balance}")
     held_out = f", held out {sets(blend, 'val')}" if args.eval_iters else ""
     train = "" if args.skip_train else sets(blend, "train")
     rows = f"{args.global_batch_size or 'a growing number of'} rows of {args.seq_length} tokens a step"

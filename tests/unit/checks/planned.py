@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from megatron_anyexperts.checks.plan_hardware import ASSUMED, GPUS
+from megatron_anyexperts.hardware import ASSUMED, GPUS
 from megatron_anyexperts.checks.plan_layout import Layout
 from megatron_anyexperts.checks.plan_memory import Precision
 from megatron_anyexperts.checks.plan_sizes import EncoderSizes, MixtureSizes, ModelSizes

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_anyexperts.checks.plan_hardware import GIB
+from megatron_anyexperts.hardware import GIB
 from megatron_anyexperts.checks.plan_layout import Layout, refusal
 from megatron_anyexperts.checks.plan_memory import (
     Precision,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_anyexperts.checks.plan_copies import copy_costs
-from megatron_anyexperts.checks.plan_hardware import ASSUMED, GPUS
+from megatron_anyexperts.hardware import ASSUMED, GPUS
 from megatron_anyexperts.checks.plan_layout import refusal
 from megatron_anyexperts.checks.plan_memory import Precision
 from megatron_anyexperts.checks.plan_parameters import by_part, stages

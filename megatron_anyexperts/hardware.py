@@ -38,6 +38,12 @@ GPUS = {
 }
 
 
+def gpu_named(device: str) -> Gpu | None:
+    """The GPU that the driver calls `device`, "NVIDIA H100 80GB HBM3"; None for others, PCIe cards among them."""
+    words = device.lower().split()
+    return None if "pcie" in words else next((gpu for name, gpu in GPUS.items() if name in words), None)
+
+
 @dataclass(frozen=True)
 class Efficiency:
     """Reached parts of the peaks: assumptions, the same for every model, GPU and layout; none is fitted to a run.
