@@ -8,12 +8,12 @@ Models are described by their sizes, runs by what their sources say. Every predi
 
 from dataclasses import dataclass
 
-from megatron_anyexperts.hardware import ASSUMED, GPUS
 from megatron_anyexperts.checks.plan_layout import Layout
 from megatron_anyexperts.checks.plan_memory import Precision
 from megatron_anyexperts.checks.plan_sizes import LatentSizes, MixtureSizes, ModelSizes
 from megatron_anyexperts.checks.plan_time import Feed, Setting, step_time
 from megatron_anyexperts.checks.plan_work import training_operations
+from megatron_anyexperts.hardware import ASSUMED, GPUS
 
 SEQUENCE = 4096
 FP8 = Precision(fp8=True, fp8_copies=True, fused_loss=True)

@@ -8,11 +8,11 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 from megatron_anyexperts.checks.doctor import parse_config
-from megatron_anyexperts.hardware import ASSUMED, GPUS, GPUS_PER_NODE
 from megatron_anyexperts.checks.plan_layout import Layout
 from megatron_anyexperts.checks.plan_memory import Precision
 from megatron_anyexperts.checks.plan_sizes import sizes_from
 from megatron_anyexperts.checks.plan_time import Feed, Setting
+from megatron_anyexperts.hardware import ASSUMED, GPUS, GPUS_PER_NODE
 from megatron_anyexperts.platform import cpu
 from megatron_anyexperts.training.usage import UsageError
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_anyexperts.hardware import GPUS_PER_NODE
 from megatron_anyexperts.checks.plan_parameters import stages
 from megatron_anyexperts.checks.plan_sizes import ModelSizes
+from megatron_anyexperts.hardware import GPUS_PER_NODE
 
 
 @dataclass(frozen=True)

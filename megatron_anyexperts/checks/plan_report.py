@@ -9,12 +9,12 @@ from typing import Any
 
 from megatron_anyexperts.checks.plan_config import Question
 from megatron_anyexperts.checks.plan_copies import copy_costs
-from megatron_anyexperts.hardware import GIB
 from megatron_anyexperts.checks.plan_parameters import by_part
 from megatron_anyexperts.checks.plan_save import save
 from megatron_anyexperts.checks.plan_search import Candidate, neighbours, why_not
 from megatron_anyexperts.checks.plan_time import Setting
 from megatron_anyexperts.checks.plan_work import encoder_work, training_operations
+from megatron_anyexperts.hardware import GIB
 
 DAY = 86_400
 

@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import product
 
-from megatron_anyexperts.hardware import GIB
 from megatron_anyexperts.checks.plan_layout import Layout, refusal
 from megatron_anyexperts.checks.plan_memory import Memory, fullest
 from megatron_anyexperts.checks.plan_time import Setting, Step, step_time
+from megatron_anyexperts.hardware import GIB
 
 RECOMPUTE = (frozenset(), frozenset({"layernorm", "moe_act"}), frozenset({"mlp", "moe"}), frozenset({"full"}))
 """What is tried: nothing, norms and activations of experts, whole MLPs and mixtures, whole layers."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_anyexperts.hardware import Efficiency, Gpu
 from megatron_anyexperts.checks.plan_layout import Layout
 from megatron_anyexperts.checks.plan_memory import Precision
 from megatron_anyexperts.checks.plan_parameters import Stage, stage_parameters, stages
@@ -28,6 +27,7 @@ from megatron_anyexperts.checks.plan_work import (
     head_work,
     layer_work,
 )
+from megatron_anyexperts.hardware import Efficiency, Gpu
 
 
 @dataclass(frozen=True)

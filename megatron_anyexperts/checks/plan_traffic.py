@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_anyexperts.hardware import GPUS_PER_NODE, Efficiency, Gpu
 from megatron_anyexperts.checks.plan_layout import Layout
 from megatron_anyexperts.checks.plan_memory import Precision
 from megatron_anyexperts.checks.plan_parameters import Stage, stage_parameters
 from megatron_anyexperts.checks.plan_sizes import ModelSizes
+from megatron_anyexperts.hardware import GPUS_PER_NODE, Efficiency, Gpu
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import json
 import math
 import sys
 
-from megatron_anyexperts.hardware import GPUS
 from megatron_anyexperts.console import Parser, own_lines_only, say
+from megatron_anyexperts.hardware import GPUS
 from megatron_anyexperts.training.usage import UsageError
 
 

@@ -96,8 +96,8 @@ class AnyExpertsConfig(TransformerConfig):
     anyexperts_balance: Literal["reroute", "copies", "auto"] = "reroute"
     """What keeps expert ranks equally loaded. reroute: the cap of --anyexperts-dispatch-eps alone, if there is one;
     copies: hot experts are computed on idle ranks as well, with temporary copies of their weights, which changes no
-    routing; the cap, if there is one, then acts on what copies cannot carry. auto: copies with the fewest slots that pay
-    by the cost model of `anyexperts plan`, none on a GPU that it does not know; the start of training says which."""
+    routing; the cap, if there is one, then acts on what copies cannot carry. auto: copies where they pay
+    by the cost model of `anyexperts plan`, none on a GPU that it does not know; training says at its start which."""
 
     anyexperts_copies_eps: float = 0.05
     """Copies bring each expert rank to at most ceil((1 + eps) * real slots / ranks), wherever their number allows."""
@@ -300,7 +300,7 @@ class AnyExpertsConfig(TransformerConfig):
         refused = {
             "fp8_recipe=delayed": (
                 self.fp8 and self.fp8_recipe == "delayed",
-                "its scales come from steps before, when a place held another expert; other recipes scale what is there",
+                "its scales are of steps before, when a place held another expert; other recipes scale what is there",
             ),
             "fp8_param or fp4": (
                 self.fp8_param or self.fp4,

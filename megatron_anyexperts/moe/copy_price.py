@@ -93,8 +93,8 @@ def settle_on(config: AnyExpertsConfig, device: str, ranks: int, nodes: int) -> 
         return Balance(
             False,
             least,
-            f"no copies of hot experts, what they cost on {device} is not known; to have them, use --anyexperts-balance "
-            "copies and --anyexperts-copies-min-slots",
+            f"no copies of hot experts, what they cost on {device} is not known; to have them, use "
+            "--anyexperts-balance copies and --anyexperts-copies-min-slots",
         )
     one = price(*expert_size(config), bool(config.fp8), gpu, nodes == 1)
     least = max(least, one.slots)

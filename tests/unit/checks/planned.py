@@ -2,11 +2,11 @@
 
 from types import SimpleNamespace
 
-from megatron_anyexperts.hardware import ASSUMED, GPUS
 from megatron_anyexperts.checks.plan_layout import Layout
 from megatron_anyexperts.checks.plan_memory import Precision
 from megatron_anyexperts.checks.plan_sizes import EncoderSizes, MixtureSizes, ModelSizes
 from megatron_anyexperts.checks.plan_time import Feed, Setting
+from megatron_anyexperts.hardware import ASSUMED, GPUS
 
 SEQUENCE = 4096
 

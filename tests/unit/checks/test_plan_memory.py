@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_anyexperts.hardware import GIB
 from megatron_anyexperts.checks.plan_layout import Layout, refusal
 from megatron_anyexperts.checks.plan_memory import (
     Precision,
@@ -18,6 +17,7 @@ from megatron_anyexperts.checks.plan_memory import (
 )
 from megatron_anyexperts.checks.plan_parameters import Stage, by_part, stage_parameters, stages
 from megatron_anyexperts.checks.plan_save import save
+from megatron_anyexperts.hardware import GIB
 from tests.unit.checks.planned import MIXTURE, SEQUENCE, layout
 
 MODULES = ("layernorm", "moe_act", "mlp", "moe", "core_attn", "shared_experts")

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_anyexperts.checks.plan_copies import copy_costs
-from megatron_anyexperts.hardware import ASSUMED, GPUS
 from megatron_anyexperts.checks.plan_layout import refusal
 from megatron_anyexperts.checks.plan_memory import Precision
 from megatron_anyexperts.checks.plan_parameters import by_part, stages
@@ -16,6 +15,7 @@ from megatron_anyexperts.checks.plan_search import examine, neighbours, search
 from megatron_anyexperts.checks.plan_time import Feed, step_time
 from megatron_anyexperts.checks.plan_traffic import data_exchange, distinct, expert_exchange, tensor_exchange
 from megatron_anyexperts.checks.plan_work import training_operations
+from megatron_anyexperts.hardware import ASSUMED, GPUS
 from tests.unit.checks.planned import MIXTURE, SEQUENCE, layout, setting
 from tests.unit.checks.test_plan_memory import layouts
 

@@ -44,7 +44,7 @@ def test_auto_copies_where_the_cost_is_known_and_says_from_how_many_slots():
 def test_auto_makes_no_copies_where_it_cannot_know_and_says_so():
     assert not (balance := settle_on(auto(), "a CPU", 2, 1)).copies and "a CPU is not known" in balance.why
     config = auto()
-    config.fp8, config.fp8_recipe = "hybrid", "delayed"  # set here, as a configuration with FP8 needs Transformer Engine
+    config.fp8, config.fp8_recipe = "hybrid", "delayed"  # set late: its checks need Transformer Engine
     assert not (balance := settle_on(config, H100, 2, 1)).copies and "fp8_recipe=delayed does not" in balance.why
     config.fp8_recipe = "tensorwise"
     assert settle_on(config, H100, 2, 1).copies
