@@ -77,17 +77,19 @@ def decision_of(setting: Setting, workload: str, step: int, source: int) -> Rout
     )
 
 
-def most_gate_mass(gates_NE: Tensor, k: int, cap: int, ranks: int, rounds: int = 60) -> float:
-    """At least what any assignment of `k` experts a token and `cap` slots a rank can receive.
+def most_gate_mass(gates_NE: Tensor, slots_N: Tensor, cap: int, ranks: int, rounds: int = 60) -> float:
+    """At least what any assignment of `slots_N` experts to the tokens and `cap` slots to a rank can receive.
 
     Any prices of the ranks' places give such a bound: what the tokens gain by choosing at these prices, and the prices
     of all places. They are lowered and raised (Rprop) to make it small; it then equals the linear program's value.
     """
-    local = gates_NE.shape[1] // ranks
+    local, k = gates_NE.shape[1] // ranks, int(slots_N.max())
+    beyond_NK = torch.arange(k) >= slots_N.unsqueeze(1)
     price_P = torch.zeros(ranks)
     step_P, sign_P, least = torch.full((ranks,), 0.02), torch.zeros(ranks), float("inf")
     for _ in range(rounds):
         net_NK, expert_NK = (gates_NE - price_P.repeat_interleave(local)).topk(k, dim=1)
+        net_NK = net_NK.masked_fill(beyond_NK, 0)
         gain = net_NK.clamp_min(0).sum(dtype=torch.float64) + cap * price_P.sum(dtype=torch.float64)
         least = min(least, gain.item())
         load_P = torch.bincount((expert_NK // local)[net_NK > 0], minlength=ranks)
@@ -105,4 +107,5 @@ def least_lost(setting: Setting, workload: str, step: int, eps: float) -> float:
     slots = sum(decision.routing_map_TE.sum() for decision in decisions)
     gates_NE = torch.cat([decision.gates_TE + decision.fallback_gates_TE for decision in decisions])
     cap = slot_cap(slots, setting.ranks, eps).item()
-    return routed - most_gate_mass(gates_NE, setting.k, cap, setting.ranks)
+    slots_N = torch.full((len(gates_NE),), setting.k)
+    return routed - most_gate_mass(gates_NE, slots_N, cap, setting.ranks)
