@@ -27,10 +27,12 @@ class Semantics:
 
     Attributes:
         auc: probability that an informative token has a higher importance than a background one, ties half.
+        auc_real: the same of real slots.
         real_informative, real_background: mean real slots.
     """
 
     auc: float
+    auc_real: float
     real_informative: float
     real_background: float
 
@@ -78,6 +80,7 @@ def semantics(
         importance, real = np.concatenate(parts, axis=1)
         result[number] = Semantics(
             auc(importance[informative], importance[background]),
+            auc(real[informative], real[background]),
             float(real[informative].mean()),
             float(real[background].mean()),
         )
@@ -111,9 +114,11 @@ def _alone(encoder: DocumentEncoder, question: Question) -> dict[str, torch.Tens
 
 def semantics_table(layers: dict[int, Semantics]) -> str:
     """The measurement as text, a line per layer."""
-    lines = [f"{'layer':5s} {'AUC':>6s} {'real slots: informative':>24s} {'background':>11s} {'ratio':>6s}"]
+    heads = ("layer", "AUC", "of real slots", "real slots: informative", "background", "ratio")
+    lines = [f"{heads[0]:5s} {heads[1]:>6s} {heads[2]:>13s} {heads[3]:>24s} {heads[4]:>11s} {heads[5]:>6s}"]
     lines += [
-        f"{number:5d} {one.auc:6.2f} {one.real_informative:24.2f} {one.real_background:11.2f} {one.ratio:6.2f}"
+        f"{number:5d} {one.auc:6.2f} {one.auc_real:13.2f} "
+        f"{one.real_informative:24.2f} {one.real_background:11.2f} {one.ratio:6.2f}"
         for number, one in layers.items()
     ]
     return "\n".join(lines)

@@ -22,9 +22,10 @@ LOWER = {
     "weights": {"platform", "moe", "survival", "models", "data", "training"},
     "evaluation": {"platform", "moe", "survival", "models", "data", "training"},
     "analysis": {"survival", "evaluation"},
+    "studies": {"survival.signals"},
     "checks": {"platform", "models", "moe", "data", "training"},
     "commands": {"platform", "survival", "data", "corpus", "training", "weights", "evaluation", "analysis",
-                 "checks"},
+                 "checks", "studies"},
 }
 """Each package, and what it may import beside itself and `ANYONE`."""
 EXCEPTIONS = {

@@ -86,6 +86,7 @@ def test_importance_of_informative_tokens_is_that_of_the_tokens_under_the_mask(e
     assert len(found) == 2 and found.keys() == mirrored.keys()
     for layer, one in found.items():
         assert one.auc == pytest.approx(1 - mirrored[layer].auc)
+        assert one.auc_real == pytest.approx(1 - mirrored[layer].auc_real)
         assert (one.real_informative, one.real_background) == (
             mirrored[layer].real_background, mirrored[layer].real_informative,
         )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Declared experiments: settings times seeds, a ledger of every run, tables with errors over seeds."""

@@ -1,0 +1,112 @@
+"""What a study asks and runs, written down before it runs: a YAML file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import Field, ValidationError
+
+from megatron_anyexperts import described
+
+PLACES = ("python", "config", "run", "seed")
+"""What a step may name in braces beside the study's inputs; all but the interpreter are the run's."""
+
+
+class StudyError(ValueError):
+    """A study cannot be read or run; the message says why."""
+
+
+class Run(NamedTuple):
+    """One run of a study."""
+
+    setting: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder."""
+        return "".join(letter if letter.isalnum() else "-" for letter in self.setting) + f"-{self.seed}"
+
+
+class Figure(described.Section):
+    """A number that is compared.
+
+    Attributes:
+        path: where it is in a ledger line, names joined by dots; `*` takes the mean over all keys.
+        digits: decimals shown.
+        percent: show it times 100.
+    """
+
+    path: str
+    digits: int = 2
+    percent: int = Field(default=0, ge=0, le=1)
+
+
+class Study(described.Section):
+    """A declared study.
+
+    Attributes:
+        question: what is asked.
+        yes: what would count as yes, decided before the runs.
+        config: the configuration that every run is an edit of.
+        inputs: what the command line has to give as NAME=PATH, and what each is.
+        flags: keys of the configuration that all runs share; null takes one of `config` away.
+        settings: by name, the keys in which runs differ.
+        seeds: one run of each setting for each.
+        steps: commands of a run, in order; the last line of JSON that one prints goes into the ledger under its name.
+        figures: numbers of the tables, by heading.
+        compare_with: setting from which paired differences are taken.
+    """
+
+    question: str
+    yes: str
+    config: str
+    inputs: dict[str, str] = {}
+    flags: dict[str, Any] = {}
+    settings: dict[str, dict[str, Any]] = Field(min_length=1)
+    seeds: list[int] = Field(min_length=1)
+    steps: dict[str, str] = Field(min_length=1)
+    figures: dict[str, Figure] = Field(min_length=1)
+    compare_with: str
+
+    @classmethod
+    def read(cls, path: Path) -> Study:
+        """Read a declaration.
+
+        Raises:
+            StudyError: it is missing, not YAML, or does not hold together.
+        """
+        try:
+            study = cls.model_validate(described.load(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+            raise StudyError(f"{path}: {error}") from error
+        if study.compare_with not in study.settings:
+            raise StudyError(f"{path}: compare_with={study.compare_with!r} is none of {', '.join(study.settings)}")
+        folders = [run.folder for run in study.runs]
+        twice = sorted({folder for folder in folders if folders.count(folder) > 1})
+        if twice:
+            raise StudyError(f"{path}: several runs would be in {', '.join(twice)}; rename settings or drop seeds")
+        known = {*PLACES, *study.inputs}
+        for name, words in study.steps.items():
+            try:
+                words.format(**dict.fromkeys(known, ""))
+            except (KeyError, IndexError, ValueError) as error:
+                raise StudyError(f"{path}: step {name} names {error}; there are {', '.join(sorted(known))}") from error
+        return study
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs, seed by seed: what ends early has compared all settings."""
+        return [Run(setting, seed) for seed in self.seeds for setting in self.settings]
+
+    def configuration(self, run: Run) -> dict[str, Any]:
+        """Content of a run's configuration file, inputs not yet filled in."""
+        return {"base": self.config, **self.flags, **self.settings[run.setting], "seed": run.seed}
+
+    def identity(self, run: Run) -> dict[str, Any]:
+        """What a line of the ledger must agree in to count as this run."""
+        content = {"configuration": self.configuration(run), "steps": self.steps}
+        return {"setting": run.setting, "seed": run.seed, **json.loads(json.dumps(content))}
