@@ -45,30 +45,42 @@ class Figure(described.Section):
     percent: int = Field(default=0, ge=0, le=1)
 
 
+class Step(described.Section):
+    """A command of a run.
+
+    Attributes:
+        command: its words, as a shell would split them, with names in braces.
+        keep: which keys of the JSON that it prints last go into the ledger; empty: all.
+    """
+
+    command: str
+    keep: list[str] = []
+
+
 class Study(described.Section):
     """A declared study.
 
     Attributes:
         question: what is asked.
-        yes: what would count as yes, decided before the runs.
+        criterion: what would count as yes, decided before the runs.
         config: the configuration that every run is an edit of.
         inputs: what the command line has to give as NAME=PATH, and what each is.
         flags: keys of the configuration that all runs share; null takes one of `config` away.
         settings: by name, the keys in which runs differ.
         seeds: one run of each setting for each.
-        steps: commands of a run, in order; the last line of JSON that one prints goes into the ledger under its name.
+        steps: commands of a run by name, in order; the JSON that one prints last goes into the ledger under its name.
         figures: numbers of the tables, by heading.
         compare_with: setting from which paired differences are taken.
     """
 
     question: str
-    yes: str
+    criterion: str
     config: str
     inputs: dict[str, str] = {}
     flags: dict[str, Any] = {}
     settings: dict[str, dict[str, Any]] = Field(min_length=1)
     seeds: list[int] = Field(min_length=1)
-    steps: dict[str, str] = Field(min_length=1)
+    steps: dict[str, Step] = Field(min_length=1)
     figures: dict[str, Figure] = Field(min_length=1)
     compare_with: str
 
@@ -90,9 +102,9 @@ class Study(described.Section):
         if twice:
             raise StudyError(f"{path}: several runs would be in {', '.join(twice)}; rename settings or drop seeds")
         known = {*PLACES, *study.inputs}
-        for name, words in study.steps.items():
+        for name, step in study.steps.items():
             try:
-                words.format(**dict.fromkeys(known, ""))
+                step.command.format(**dict.fromkeys(known, ""))
             except (KeyError, IndexError, ValueError) as error:
                 raise StudyError(f"{path}: step {name} names {error}; there are {', '.join(sorted(known))}") from error
         return study
@@ -108,5 +120,6 @@ class Study(described.Section):
 
     def identity(self, run: Run) -> dict[str, Any]:
         """What a line of the ledger must agree in to count as this run."""
-        content = {"configuration": self.configuration(run), "steps": self.steps}
+        steps = {name: step.command for name, step in self.steps.items()}
+        content = {"configuration": self.configuration(run), "steps": steps}
         return {"setting": run.setting, "seed": run.seed, **json.loads(json.dumps(content))}

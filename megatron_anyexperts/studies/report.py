@@ -78,7 +78,7 @@ def page(study: Study, path: Path, ledger_path: Path) -> str:
         raise StudyError(f"{ledger_path} holds none of the runs that {path} declares")
     table = columns(study, found)
     base = table.get(study.compare_with, {})
-    lines = [f"**Asked**: {study.question}", "", f"**Yes would be** (written down before the runs): {study.yes}", ""]
+    lines = [f"**Asked**: {study.question}", "", f"**What would be a yes** (written down before the runs): {study.criterion}", ""]
     lines += ["Means over seeds, with standard errors.", "", *_head(study), *(
         f"| {name} | {len(figures[next(iter(figures))])} | "
         + " | ".join(shown(list(figures[each].values()), figure) for each, figure in study.figures.items()) + " |"

@@ -95,10 +95,10 @@ def _run(study: Study, run: Run, place: Place) -> dict[str, Any]:
     }
     Path(values["config"]).write_text(yaml.safe_dump(filled, sort_keys=False), encoding="utf-8")
     results = {}
-    for name, words in study.steps.items():
+    for name, step in study.steps.items():
         log = folder / f"{name}.log"
         with log.open("w") as errors:
-            command = [word.format(**values) for word in shlex.split(words)]
+            command = [word.format(**values) for word in shlex.split(step.command)]
             # A training that outlives a killed runner would write into the folder of the next attempt.
             ended = subprocess.run(
                 command,
@@ -114,7 +114,7 @@ def _run(study: Study, run: Run, place: Place) -> dict[str, Any]:
             raise StudyError(f"{run.setting}, seed {run.seed}: {name} ended with {ended.returncode}; log: {log}")
         found = _last_json(ended.stdout)
         if found is not None:
-            results[name] = found
+            results[name] = {key: content for key, content in found.items() if key in (step.keep or found)}
     return results
 
 
