@@ -78,20 +78,18 @@ def page(study: Study, path: Path, ledger_path: Path) -> str:
         raise StudyError(f"{ledger_path} holds none of the runs that {path} declares")
     table = columns(study, found)
     base = table.get(study.compare_with, {})
-    lines = [f"**Asked**: {study.question}", "", f"**What would be a yes** (written down before the runs): {study.criterion}", ""]
-    lines += ["Means over seeds, with standard errors.", "", *_head(study), *(
-        f"| {name} | {len(figures[next(iter(figures))])} | "
-        + " | ".join(shown(list(figures[each].values()), figure) for each, figure in study.figures.items()) + " |"
-        for name, figures in table.items()
-    )]  # fmt: skip
+    lines = [f"**Asked**: {study.question}", "", f"**A yes would be** (written before the runs): {study.criterion}", ""]
+    lines += ["Means over seeds, with standard errors.", "", *_head(study)]
+    for name, figures in table.items():
+        cells = [shown(list(figures[each].values()), figure) for each, figure in study.figures.items()]
+        lines.append(_row(name, len(next(iter(figures.values()))), *cells))
     lines += ["", f"Less *{study.compare_with}*, seed by seed.", "", *_head(study)]
     for name, figures in table.items():
         if name == study.compare_with:
             continue
         differences = {each: paired(figures[each], base.get(each, {})) for each in study.figures}
-        pairs = len(differences[next(iter(differences))])
-        cells = (shown(differences[each], figure, signed=True) for each, figure in study.figures.items())
-        lines.append(f"| {name} | {pairs} | " + " | ".join(cells) + " |")
+        cells = [shown(differences[each], figure, signed=True) for each, figure in study.figures.items()]
+        lines.append(_row(name, len(next(iter(differences.values()))), *cells))
     lines += ["", *_about(study, path, ledger_path, found), *(f"Not counted: {note}." for note in notes)]
     if others:
         lines.append(f"Not counted: {others} lines of runs that are declared differently now.")
@@ -100,7 +98,11 @@ def page(study: Study, path: Path, ledger_path: Path) -> str:
 
 def _head(study: Study) -> list[str]:
     names = ["setting", "seeds", *study.figures]
-    return ["| " + " | ".join(names) + " |", "| " + " | ".join(["---"] * len(names)) + " |"]
+    return [_row(*names), _row(*["---"] * len(names))]
+
+
+def _row(*cells: Any) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _about(study: Study, path: Path, ledger_path: Path, found: dict[Run, dict[str, Any]]) -> list[str]:
