@@ -11,7 +11,7 @@ from megatron_anyexperts.data.chat import chat_parts
 from megatron_anyexperts.data.informative import picture_id
 from megatron_anyexperts.data.samples import Document, Media
 from megatron_anyexperts.evaluation.answers import AnswerScorer, Question, Score, score_table, with_other_pictures
-from megatron_anyexperts.evaluation.informative import auc, semantics, semantics_table
+from megatron_anyexperts.evaluation.informative import auc, auc_by_place, semantics, semantics_table
 from tests.feed.corpus import image_bytes
 
 
@@ -74,6 +74,22 @@ def test_auc_is_the_share_of_pairs_in_order(informative, background):
     assert auc(np.array(informative, float), np.array(background, float)) == pytest.approx(np.mean(pairs))
 
 
+tokens = st.lists(st.tuples(st.integers(0, 5), st.sampled_from("ib-"), st.integers(0, 2)), max_size=14)
+
+
+@given(tokens)
+def test_auc_by_place_is_the_share_of_pairs_in_order_at_one_place(tokens):
+    pairs = [
+        (a > b) + (a == b) / 2
+        for a, kind, place in tokens
+        for b, other, there in tokens
+        if (kind, other, place) == ("i", "b", there)
+    ]
+    values, kinds, places = (np.array(column) for column in zip(*tokens, strict=True)) if tokens else [np.zeros(0)] * 3
+    found = auc_by_place(values, kinds == "i", kinds == "b", places)
+    assert found == pytest.approx(np.mean(pairs)) if pairs else np.isnan(found)
+
+
 def test_importance_of_informative_tokens_is_that_of_the_tokens_under_the_mask(encoder, model):
     asked = [question(encoder, "a", number) for number in range(3)]
     asked.append(replace(asked[0]))  # the same picture again counts once
@@ -86,6 +102,7 @@ def test_importance_of_informative_tokens_is_that_of_the_tokens_under_the_mask(e
     assert len(found) == 2 and found.keys() == mirrored.keys()
     for layer, one in found.items():
         assert one.auc == pytest.approx(1 - mirrored[layer].auc)
+        assert one.auc_same_place == pytest.approx(1 - mirrored[layer].auc_same_place, nan_ok=True)
         assert one.auc_real == pytest.approx(1 - mirrored[layer].auc_real)
         assert (one.real_informative, one.real_background) == (
             mirrored[layer].real_background, mirrored[layer].real_informative,
