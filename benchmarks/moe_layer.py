@@ -6,11 +6,14 @@
 
 Both sides have the same experts and the same kind of dispatcher (alltoall). Dynamic layers route with virtual experts
 and a slot range around top-k; their controllers are run in first, until the mean of real slots is the one asked for.
+"operators" is without our Triton kernels, "unfused" without Transformer Engine's permutation either, and "cap" computes
+all that the cap of an expert rank's load needs, as if there were several.
 Rounds interleave all variants, and medians are compared, so that drift of the machine hits all alike. With one CPU
 thread the clock is the processor time of this process, so that other load on the machine counts little.
 """
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
@@ -55,6 +58,7 @@ PRESETS = {
 
 def make_config(size: Size, dtype: torch.dtype, **own) -> AnyExpertsConfig:
     """Sigmoid scores with expert bias and a sequence-wise loss, as Ling and DeepSeek-V3 train."""
+    own = {"moe_permute_fusion": HAVE_TE} | own
     return AnyExpertsConfig(
         num_layers=1,
         hidden_size=size.hidden,
@@ -70,7 +74,6 @@ def make_config(size: Size, dtype: torch.dtype, **own) -> AnyExpertsConfig:
         moe_router_dtype="fp32",
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=HAVE_TE,
-        moe_permute_fusion=HAVE_TE,
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -102,6 +105,9 @@ def build(kind: type[MoELayer], cfg: AnyExpertsConfig) -> MoELayer:
     router = TopKRouter if kind is MoELayer else AnyExpertsRouter
     layer = kind(cfg, replace(spec, router=router), layer_number=1, pg_collection=get_default_pg_collection())
     layer.set_layer_number(1)
+    if cfg.anyexperts_dispatch_eps is not None:  # a single rank would need no cap
+        layer.dispatcher.eps = cfg.anyexperts_dispatch_eps
+        layer.router.needs_fallback = True
     return layer.to(torch.cuda.current_device()) if torch.cuda.is_available() else layer
 
 
@@ -171,21 +177,34 @@ def router_step(layer: MoELayer, hidden: torch.Tensor, grad: torch.Tensor) -> Ca
     return step
 
 
-def measure(size: Size, dtype: torch.dtype, rounds: int) -> None:
-    """Print the rows of one size."""
-    device = torch.cuda.current_device()
-    variants = {
+def variants(topk: int) -> dict[str, tuple[type[MoELayer], dict]]:
+    """Layers to compare, the first one with all others; what this device cannot fuse has no unfused counterpart."""
+    equal = dynamic_options(topk, 1.0)
+    found = {
         "Megatron MoELayer": (MoELayer, {"anyexperts_alpha": 0.0}),
         "ours, static": (AnyExpertsMoELayer, {"anyexperts_alpha": 0.0}),
-        "ours, equal real slots": (AnyExpertsMoELayer, dynamic_options(size.topk, 1.0)),
-        "ours, 10 % fewer": (AnyExpertsMoELayer, dynamic_options(size.topk, 0.9)),
-        "ours, 40 % fewer": (AnyExpertsMoELayer, dynamic_options(size.topk, 0.6)),
+        "ours, equal real slots": (AnyExpertsMoELayer, equal),
+        "ours, 10 % fewer": (AnyExpertsMoELayer, dynamic_options(topk, 0.9)),
+        "ours, 40 % fewer": (AnyExpertsMoELayer, dynamic_options(topk, 0.6)),
+        "ours, equal, cap": (AnyExpertsMoELayer, equal | {"anyexperts_dispatch_eps": 0.1}),
     }
+    unfused = {"moe_permute_fusion": False}
+    if HAVE_TE:
+        found["Megatron, unfused"] = (MoELayer, {"anyexperts_alpha": 0.0} | unfused)
+        found["ours, equal, our permute"] = (AnyExpertsMoELayer, equal | unfused)
+    if torch.cuda.is_available():
+        found["ours, equal, operators"] = (AnyExpertsMoELayer, equal | unfused | {"anyexperts_kernels": "off"})
+    return found
+
+
+def measure(size: Size, dtype: torch.dtype, rounds: int) -> list[dict[str, float | str | int]]:
+    """Print the rows of one size and return them."""
+    device = torch.cuda.current_device()
     torch.manual_seed(0)
     hidden = torch.randn(size.tokens, 1, size.hidden, dtype=dtype, device=device, requires_grad=True)
     grad = torch.randn_like(hidden)
     layers, slots = {}, {}
-    for name, (kind, options) in variants.items():
+    for name, (kind, options) in variants(size.topk).items():
         layers[name] = build(kind, make_config(size, dtype, **options))
         dynamic = "anyexperts_k_min" in options
         slots[name] = run_in(layers[name], hidden, 60) if dynamic else (float(size.topk),) * 2
@@ -195,12 +214,18 @@ def measure(size: Size, dtype: torch.dtype, rounds: int) -> None:
     stock = next(iter(layers))
     print(f"\nT {size.tokens}  H {size.hidden}  E {size.experts}  FFN {size.ffn}  top-{size.topk}  {dtype}")
     print(f"{'':26}{'slots':>7}{'real':>7}{'layer ms':>11}{'ratio':>8}{'router ms':>11}{'ratio':>8}")
+    table = []
     for name in layers:
+        row = {"layer": name, "tokens": size.tokens, "slots": slots[name][0], "real": slots[name][1]}
+        row |= {"layer_ms": 1e3 * whole[name], "layer_ratio": whole[name] / whole[stock]}
+        row |= {"router_ms": 1e3 * routing[name], "router_ratio": routing[name] / routing[stock]}
+        table.append(row)
         print(
-            f"{name:26}{slots[name][0]:7.2f}{slots[name][1]:7.2f}{1e3 * whole[name]:11.2f}"
-            f"{whole[name] / whole[stock]:8.3f}{1e3 * routing[name]:11.2f}{routing[name] / routing[stock]:8.3f}",
+            f"{name:26}{row['slots']:7.2f}{row['real']:7.2f}{row['layer_ms']:11.2f}{row['layer_ratio']:8.3f}"
+            f"{row['router_ms']:11.2f}{row['router_ratio']:8.3f}",
             flush=True,
         )
+    return table
 
 
 def main() -> None:
@@ -212,6 +237,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", help="only the sizes of the preset with these token counts")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds per variant")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there, after each size")
     args = parser.parse_args()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu.bridge()
@@ -227,9 +253,12 @@ def main() -> None:
         where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {args.threads} thread(s)"
         experts = "grouped GEMM" if HAVE_TE else "sequential experts"
         print(f"{where}; {experts}; forward + backward, median of {args.rounds} interleaved rounds")
+        rows = []
         for size in PRESETS[args.preset]:
             if not args.tokens or size.tokens in args.tokens:
-                measure(size, dtype, args.rounds)
+                rows += measure(size, dtype, args.rounds)
+                if args.json:
+                    args.json.write_text(json.dumps(rows, indent=1))
         torch.distributed.destroy_process_group()
 
 

@@ -1,17 +1,19 @@
 """Compares precisions and implementations of the whole model on one device: one command, one table.
 
-    anyexperts gpu-check [--steps 50] [--hidden-size 1024]
+    anyexperts gpu-check [--steps 50] [--hidden-size 1024] [--no-te] [--attention fused] [--json FILE]
 
 Every row trains the same small multimodal model, from the same weights on the same batches, in another way, and is
 held against a reference row: the losses of all steps, the first gradient's direction, memory and speed. FP8 recipes
 are those that the doctor finds usable. Without CUDA it ends with exit code 2; `--device cpu` runs the
 rows that need no GPU. Exit code 1: a row failed or is further from its reference than its limit.
+`--attention` chooses Transformer Engine's attention, for instance cuDNN's fused one, and runs the rows that have it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import sys
 import tempfile
@@ -19,6 +21,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +32,8 @@ from megatron_anyexperts.platform import cpu
 
 SHAPE = MediaShape(patch_size=14, spatial_merge=2, n_mels=80, audio_stride=8)
 VOCABULARY = 1024
+OF_ATTENTION = ("dynamic, fp32, local", "dynamic, bf16, local", "dynamic, bf16, TE", "dynamic, bf16, TE, fused rope")
+"""Rows that `--attention` runs."""
 DYNAMIC = {
     "anyexperts_k_min": 1,
     "anyexperts_k_max": 4,
@@ -72,13 +77,14 @@ class Result:
     peak_gib: float
 
 
-def rows(cuda: bool, fp8_recipes: tuple[str, ...], fusion: bool = False) -> list[Row]:
+def rows(cuda: bool, fp8_recipes: tuple[str, ...], fusion: bool = False, te: bool = True) -> list[Row]:
     """The rows that a device can run; a reference comes before what is held against it.
 
     Args:
-        cuda: with Transformer Engine.
+        cuda: whether there is a GPU.
         fp8_recipes: usable ones.
         fusion: whether gradient accumulation can be fused.
+        te: whether there is Transformer Engine, on a GPU.
     """
     fp32 = Row("dynamic, fp32, local", DYNAMIC | FP32)
     bf16 = Row("dynamic, bf16, local", DYNAMIC | BF16, fp32.name, 0.02, 0.98)
@@ -87,18 +93,21 @@ def rows(cuda: bool, fp8_recipes: tuple[str, ...], fusion: bool = False) -> list
     if cuda:
         operators = DYNAMIC | FP32 | {"anyexperts_kernels": "off"}
         plan.append(Row("dynamic, fp32, local, no kernels", operators, fp32.name, 1e-4, 0.9999))
-        te = Row("dynamic, bf16, TE", DYNAMIC | BF16 | TE, bf16.name, 0.02, 0.98)
+    if cuda and te:
+        on_te = Row("dynamic, bf16, TE", DYNAMIC | BF16 | TE, bf16.name, 0.02, 0.98)
+        fused_rope = on_te.settings | {"apply_rope_fusion": True}
+        rope = Row("dynamic, bf16, TE, fused rope", fused_rope, on_te.name, 0.005, 0.999)
         stock_te = Row("stock top-k, bf16, TE", STOCK | BF16 | TE)
         static_te = Row("static, bf16, TE", STATIC | BF16 | TE, stock_te.name, 0.005, 0.999)
-        plan += [te, stock_te, static_te]
+        plan += [on_te, rope, stock_te, static_te]
         if fusion:
             fused = {"gradient_accumulation_fusion": True}
-            plan.append(Row("dynamic, bf16, TE, fused gradients", DYNAMIC | BF16 | TE | fused, te.name, 0.005, 0.999))
+            plan.append(Row("dynamic, bf16, TE, fused gradients", on_te.settings | fused, on_te.name, 0.005, 0.999))
         for recipe in fp8_recipes:
             fp8 = {"fp8": "hybrid", "fp8_recipe": recipe}
             if recipe == "delayed":
                 fp8 |= {"fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"}
-            plan.append(Row(f"dynamic, fp8 {recipe}, TE", DYNAMIC | BF16 | TE | fp8, te.name, 0.03, 0.9))
+            plan.append(Row(f"dynamic, fp8 {recipe}, TE", on_te.settings | fp8, on_te.name, 0.03, 0.9))
     return plan
 
 
@@ -144,6 +153,10 @@ def build(settings: dict[str, Any], options: Namespace) -> torch.nn.Module:
         for kind in ("vision", "audio")
         for name, value in (("num_layers", 2), ("hidden_size", 256), ("ffn_hidden_size", 512), ("num_heads", 4))
     }
+    if options.attention:  # Megatron sets it for the whole process
+        from megatron.core.transformer.enums import AttnBackend
+
+        config.attention_backend = AttnBackend[options.attention]
     language = LanguageModelConfig("*-*E*E", VOCABULARY, options.seq_length, rotary_percent=0.5)
     torch.manual_seed(1)
     model = build_model(language, EncoderConfig(**encoders), SHAPE, config).to(options.device)
@@ -267,18 +280,21 @@ def gradient_cosine(result: Result, reference: Result) -> float:
     return torch.nn.functional.cosine_similarity(ours.double(), theirs.double(), dim=0).item()
 
 
-def compare(plan: list[Row], options: Namespace) -> bool:
-    """Run all rows, print the table, and return whether every row is within its limits."""
+def compare(plan: list[Row], options: Namespace) -> tuple[bool, list[dict[str, Any]]]:
+    """Run all rows and print the table; return whether every row is within its limits, and the rows as printed."""
+    table: list[dict[str, Any]] = []
     print(f"{'row':36}{'first':>8}{'last':>8}{'loss diff':>11}{'cosine':>9}{'tokens/s':>10}{'GiB':>7}  verdict")
     weights, results, passed = build(DYNAMIC | FP32, options), {}, True
     for row in plan:
         try:
             result = results[row.name] = train(row, weights, options)
         except Exception as error:
-            print(f"{row.name:36}FAILED: {type(error).__name__}: {error}")
+            verdict = f"FAILED: {type(error).__name__}: {error}"
+            print(f"{row.name:36}{verdict}")
+            table.append({"row": row.name, "verdict": verdict})
             passed = False
             continue
-        cells, verdict = f"{'':>11}{'':>9}", "reference"
+        cells, verdict, difference, cosine = f"{'':>11}{'':>9}", "reference", None, None
         if row.reference is not None and row.reference not in results:
             verdict = f"no reference: {row.reference} failed"
         elif row.reference is not None:
@@ -288,11 +304,14 @@ def compare(plan: list[Row], options: Namespace) -> bool:
             passed &= fine
             cells = f"{difference:>11.2e}{cosine:>9.5f}"
             verdict = f"{'ok' if fine else 'TOO FAR'} (limits {row.loss_limit:g}, {row.cosine_limit:g})"
+        figures = {"row": row.name, "loss_difference": difference, "cosine": cosine}
+        figures |= {"tokens_per_s": result.tokens_per_second, "gib": result.peak_gib, "verdict": verdict}
+        table.append(figures)
         ends = f"{result.losses[0]:>8.3f}{result.losses[-1]:>8.3f}"
         print(
             f"{row.name:36}{ends}{cells}{result.tokens_per_second:>10.0f}{result.peak_gib:>7.2f}  {verdict}", flush=True
         )
-    return passed
+    return passed, table
 
 
 @contextlib.contextmanager
@@ -321,6 +340,9 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--hidden-size", type=int, default=1024, help="width of the decoder, a multiple of 64")
     own.add_argument("--seq-length", type=int, default=1024, help="tokens of a row, a multiple of 64")
     own.add_argument("--lr", type=float, default=3e-4)
+    own.add_argument("--no-te", action="store_true", help="leave out the rows that need Transformer Engine")
+    own.add_argument("--attention", choices=["fused", "flash", "unfused"], help="attention of Transformer Engine")
+    own.add_argument("--json", type=Path, metavar="FILE", help="also write the table there")
     return own
 
 
@@ -328,12 +350,10 @@ def main(cli: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     options = parser().parse_args(cli)
     found = inspect_installation()
-    if options.device == "cuda" and (found.capability is None or found.transformer_engine is None):
-        missing = "CUDA" if found.capability is None else "Transformer Engine"
-        print(
-            f"{missing} is missing (see anyexperts doctor); --device cpu runs the rest",
-            file=sys.stderr,
-        )
+    cuda, te = options.device == "cuda", not options.no_te
+    if cuda and (found.capability is None or te and found.transformer_engine is None):
+        missing, rest = ("CUDA", "--device cpu") if found.capability is None else ("Transformer Engine", "--no-te")
+        print(f"{missing} is missing (see anyexperts doctor); {rest} runs the rest", file=sys.stderr)
         return 2
     cpu.bridge()
     from megatron_anyexperts.models.build import can_fuse_gradient_accumulation
@@ -343,4 +363,11 @@ def main(cli: list[str] | None = None) -> int:
         fusion = can_fuse_gradient_accumulation()
         if not fusion:
             print("gradient accumulation fusion is off, as in training: it needs apex")
-        return 0 if compare(rows(options.device == "cuda", found.fp8_recipes, fusion), options) else 1
+        plan = rows(cuda, found.fp8_recipes, fusion, te)
+        if options.attention:
+            plan = [row for row in plan if row.name in OF_ATTENTION]
+        passed, table = compare(plan, options)
+    if options.json:
+        known = [{name: None if value != value else value for name, value in row.items()} for row in table]
+        options.json.write_text(json.dumps(known, indent=1))
+    return 0 if passed else 1
