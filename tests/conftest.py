@@ -3,12 +3,16 @@
 import os
 
 import pytest
+import torch
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it for tensor parallelism
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
+if not torch.cuda.is_available():
+    # Transformer Engine, where it is installed, loads this in place of its extension; see there what that replaces.
+    os.environ.setdefault("NVTE_PLUGIN", "tests.te.reference")
 
 from megatron_anyexperts.platform import cpu
 

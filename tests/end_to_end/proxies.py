@@ -52,9 +52,13 @@ WITHOUT_CUDA: dict[str, tuple[Any, str]] = {
 """The only keys that change for another reason than size: value (None: left out), and what a CPU lacks."""
 INSTEAD = {"recompute-modules": (["moe"], "moe_act and layernorm are recomputed by Transformer Engine")}
 """The same, where the file has the key."""
+WITH_TRANSFORMER_ENGINE = {
+    key: WITHOUT_CUDA[key] for key in ("distributed-backend", "use-cpu-initialization", "disable-jit-fuser")
+}
+"""What is left of `WITHOUT_CUDA` where a reference stands for Transformer Engine's operators (tests/te)."""
 
 
-def proxy(config: Mapping[str, Any]) -> dict[str, Any]:
+def proxy(config: Mapping[str, Any], transformer_engine: bool = False) -> dict[str, Any]:
     """Shrink a configuration; whatever no table names stays as the file has it."""
     small = dict(config)
     for key, largest in LARGEST.items():
@@ -74,4 +78,7 @@ def proxy(config: Mapping[str, Any]) -> dict[str, Any]:
     small["global-batch-size"] = 4 * small["micro-batch-size"]
     small["expert-model-parallel-size"] = 1  # the test sets the layout
     lacking = WITHOUT_CUDA | {key: row for key, row in INSTEAD.items() if key in small}
+    if transformer_engine:
+        lacking = WITH_TRANSFORMER_ENGINE
+        small |= {"transformer-impl": "transformer_engine", "moe-grouped-gemm": True, "bf16": True}
     return small | CORPUS | {key: value for key, (value, _) in lacking.items()}

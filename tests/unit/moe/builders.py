@@ -64,8 +64,9 @@ def routers(cfg: AnyExpertsConfig) -> tuple[TopKRouter, AnyExpertsRouter]:
 
 
 def layer(cfg: AnyExpertsConfig, kind: type[MoELayer] = AnyExpertsMoELayer) -> MoELayer:
-    """A layer of `kind` with Megatron's sequential experts, as layer 1."""
-    spec = get_moe_module_spec(use_te=False, num_experts=cfg.num_moe_experts, moe_grouped_gemm=False)
+    """A layer of `kind` with Megatron's sequential experts, or Transformer Engine's grouped ones, as layer 1."""
+    grouped = cfg.moe_grouped_gemm
+    spec = get_moe_module_spec(use_te=grouped, num_experts=cfg.num_moe_experts, moe_grouped_gemm=grouped)
     router = AnyExpertsRouter if kind is AnyExpertsMoELayer else TopKRouter
     built = kind(cfg, replace(spec.keywords["submodules"], router=router), layer_number=1, pg_collection=groups())
     built.set_layer_number(1)
