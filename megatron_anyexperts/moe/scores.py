@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megatron_anyexperts.moe.config import AnyExpertsConfig
+
+class Scoring(Protocol):
+    """What scores depend on, as `AnyExpertsConfig` has it and the configuration of an exported model."""
+
+    num_moe_experts: int
+    moe_router_topk: int
+    moe_router_score_function: str
+    moe_router_pre_softmax: bool
+    moe_router_topk_scaling_factor: float | None
+    moe_router_num_groups: int | None
+    moe_router_group_topk: int | None
+    anyexperts_k_max: int
 
 
 @dataclass(frozen=True)
@@ -37,12 +47,12 @@ class Scores:
         scores_TC: [T, E + V]; the logits for post-softmax.
     """
 
-    config: AnyExpertsConfig
+    config: Scoring
     logits_TC: Tensor
     scores_TC: Tensor
 
     @classmethod
-    def of(cls, logits_TC: Tensor, config: AnyExpertsConfig) -> Scores:
+    def of(cls, logits_TC: Tensor, config: Scoring) -> Scores:
         """Score logits [T, E + V]."""
         if config.moe_router_score_function != "softmax":
             return cls(config, logits_TC, _pointwise(logits_TC, config))
@@ -177,7 +187,7 @@ class Scores:
         return torch.ones_like(group_score_TG, dtype=torch.bool).scatter_(1, best, False)
 
 
-def _pointwise(logits: Tensor, config: AnyExpertsConfig) -> Tensor:
+def _pointwise(logits: Tensor, config: Scoring) -> Tensor:
     if config.moe_router_score_function == "sigmoid":
         return torch.sigmoid(logits.float())
     return torch.nn.functional.softplus(logits.float()).sqrt()

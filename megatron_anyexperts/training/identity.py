@@ -197,6 +197,11 @@ def _action(difference: Difference) -> argparse.Action | None:
     return next(iter(given or actions), None)
 
 
+def default(name: str) -> Any:
+    """The value of a flag that nobody sets, by argparse destination, before Megatron's validation."""
+    return _parser().get_default(name)
+
+
 def _actions() -> list[argparse.Action]:
     return _parser()._actions
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -42,34 +43,52 @@ def export_weights(source: Path, config_path: Path, target: Path) -> list[Path]:
     reader = CheckpointReader(source)
     boxes, repeats = list(mapping(table, model)), copies(table, model)
     _refuse_tensors(source, reader, boxes)
-    _refuse_tokenizer(source, config_path.parent)
+    refuse_tokenizer(
+        source, config_path.parent, "config.json beside the right one with --hf-config (an import has it in hf/)"
+    )
+    groups = _by_block(boxes)
+    paths, main = save_groups(target, [partial(_tensors, reader, group, repeats) for group in groups])
+    write_companions(stored_as(config, main), config_path.parent, target)
+    return paths
+
+
+def save_groups(target: Path, groups: Sequence[Callable[[], Iterable[tuple[str, Tensor]]]]) -> tuple[list[Path], str]:
+    """Write each group of named tensors as a safetensors file, one after the other, and their index.
+
+    Returns:
+        the files, and the type of most values.
+
+    Raises:
+        UsageError: the target has weights already.
+    """
     if any(target.glob("*.safetensors")):
         raise UsageError(f"{target} has *.safetensors files already; name a new directory with --output")
     target.mkdir(parents=True, exist_ok=True)
-    groups = _by_block(boxes)
     paths, index, types = [], {}, Counter()
     for number, group in enumerate(groups, 1):
         path = target / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        tensors = dict(_tensors(reader, group, repeats))
+        tensors = dict(group())
         save_file(tensors, path, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, path.name)
         types.update({tensor.dtype: tensor.numel() for tensor in tensors.values()})
         paths.append(path)
     size = sum(path.stat().st_size for path in paths)
     (target / _INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1))
-    main = str(types.most_common(1)[0][0]).removeprefix("torch.")
-    write_companions(stored_as(config, main), config_path.parent, target)
-    return paths
+    return paths, str(types.most_common(1)[0][0]).removeprefix("torch.")
 
 
-def _refuse_tokenizer(source: Path, folder: Path) -> None:
-    """The tokenizer that goes out must be the one that the weights know."""
+def refuse_tokenizer(source: Path, folder: Path, way_out: str) -> None:
+    """The tokenizer that goes out must be the one that the weights know.
+
+    Args:
+        way_out: what to name instead.
+    """
     known = (identity.read(tracked_checkpoint(source)) or {}).get("tokenizer_model")
     found = identity.tokenizer_fingerprint(str(folder))
     if known and found and known != found:
         raise UsageError(
             f"the weights of {source} go with the tokenizer of content {known}, {folder} holds {found}; name the "
-            "config.json beside the right one with --hf-config (an import has it in hf/)"
+            f"{way_out}"
         )
 
 

@@ -36,24 +36,26 @@ def load_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def write_companions(
-    config: Mapping[str, Any], source: Path, target: Path, extended: Extended | None = None
-) -> None:
+def write_companions(config: Mapping[str, Any], source: Path, target: Path, extended: Extended | None = None) -> None:
     """Write config.json, and copy the tokenizer and the settings of generation where `source` has them.
 
     Args:
         extended: the tokenizer instead of that of `source`; it is named in the other files.
     """
     target.mkdir(parents=True, exist_ok=True)
-    tokens = extended.folder if extended else source
-    for name in TOKENIZER:
-        if (tokens / name).is_file() and tokens.resolve() != target.resolve():
-            shutil.copyfile(tokens / name, target / name)
+    copy_tokenizer(extended.folder if extended else source, target)
     settings = load_config(source / _GENERATION) if (source / _GENERATION).is_file() else None
     for name, values in (("config.json", config), (_GENERATION, settings)):
         if values is not None:
             changed = extended.config(values) if extended else dict(values)
             (target / name).write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer, as far as `source` has them."""
+    for name in TOKENIZER:
+        if (source / name).is_file() and source.resolve() != target.resolve():
+            shutil.copyfile(source / name, target / name)
 
 
 def stored_as(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What Megatron's `--use-rope-scaling` has built in."""
 
 _YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "attention_factor": None}
@@ -87,7 +87,7 @@ class Rope:
         if self.kind == "llama3":
             found += [
                 f"rope {name}={self.options.get(name)} (Megatron has {value} built in)"
-                for name, value in _LLAMA3.items()
+                for name, value in LLAMA3.items()
                 if self.options.get(name) != value
             ]
         if self.kind == "yarn":

@@ -1,0 +1,229 @@
+"""A model trained by megatron-anyexperts, in transformers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_anyexperts import AnyExpertsConfig
+from .routing_anyexperts import GatedMLP, MixtureOfExperts
+
+
+@dataclass
+class AnyExpertsOutput(CausalLMOutputWithPast):
+    """Logits, cache and what the mixture layers decided.
+
+    Attributes:
+        slots: int64 [mixture layers, B, S], expert slots of each token, virtual ones included.
+        importance: fp32 [mixture layers, B, S].
+    """
+
+    slots: Tensor | None = None
+    importance: Tensor | None = None
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in fp32; `heads` of them together where given."""
+
+    def __init__(self, size: int, eps: float, heads: int = 1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size * heads))
+        self.eps, self.together = eps, heads > 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(-2) if self.together else x
+        normed = functional.rms_norm(flat.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return normed.view_as(x)
+
+
+class Rotary:
+    """Rotary positions, scaled or not; holds no tensor of the model."""
+
+    def __init__(self, config: AnyExpertsConfig):
+        self.config = config
+
+    def __call__(self, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, [B, S, rotated width]."""
+        settings = self.config.rope_parameters
+        kind, scale = settings.get("rope_type", "default"), 1.0
+        if kind == "default":
+            width = int(self.config.head_dim * settings.get("partial_rotary_factor", 1.0))
+            steps = torch.arange(0, width, 2, dtype=torch.float32, device=positions_BS.device)
+            frequencies = 1.0 / (settings["rope_theta"] ** (steps / width))
+        else:
+            frequencies, scale = ROPE_INIT_FUNCTIONS[kind](self.config, positions_BS.device)
+        angles = positions_BS.unsqueeze(-1).float() * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def rotate(x_BNSD: Tensor, cos_BSR: Tensor, sin_BSR: Tensor) -> Tensor:
+    """Turn the first R values of each head."""
+    width = cos_BSR.shape[-1]
+    turned, rest = x_BNSD[..., :width], x_BNSD[..., width:]
+    first, second = turned.chunk(2, dim=-1)
+    half = torch.cat((-second, first), dim=-1)
+    return torch.cat((turned * cos_BSR.unsqueeze(1) + half * sin_BSR.unsqueeze(1), rest), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped queries; queries, key and value of a group are neighbours in one matrix."""
+
+    is_causal = True
+
+    def __init__(self, config: AnyExpertsConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.num_key_value_groups, self.scaling = heads // groups, width**-0.5
+        self.qkv_proj = nn.Linear(config.hidden_size, (heads + 2 * groups) * width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=False)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm != "none":
+            together = config.qk_norm == "all"
+            self.q_norm = RMSNorm(width, config.rms_norm_eps, heads if together else 1)
+            self.k_norm = RMSNorm(width, config.rms_norm_eps, groups if together else 1)
+
+    def forward(
+        self, hidden_BSH: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None, **kwargs
+    ) -> Tensor:
+        config, shape = self.config, hidden_BSH.shape[:2]
+        grouped = self.qkv_proj(hidden_BSH).view(*shape, config.num_key_value_heads, -1, config.head_dim)
+        query, key, value = grouped.split((self.num_key_value_groups, 1, 1), dim=3)
+        query, key, value = query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query, key = rotate(query, *rotation), rotate(key, *rotation)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation, eager_attention)
+        context, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.o_proj(context.reshape(*shape, -1))
+
+
+def eager_attention(module: nn.Module, query, key, value, mask, scaling: float, **_) -> tuple[Tensor, Tensor]:
+    """Attention with its weights; all [B, heads, S, D], the result [B, S, heads, D]."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    weights = torch.softmax(scores if mask is None else scores + mask, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class Layer(nn.Module):
+    """One letter of the pattern: x + f(norm(x))."""
+
+    def __init__(self, config: AnyExpertsConfig, place: int):
+        super().__init__()
+        self.kind = config.layer_pattern[place]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if self.kind == "*":
+            self.self_attn = Attention(config, config.layer_pattern[:place].count("*"))
+        elif self.kind == "-":
+            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+        else:
+            self.mlp = MixtureOfExperts(config)
+
+
+class AnyExpertsPreTrainedModel(PreTrainedModel):
+    """What both classes share."""
+
+    config_class = AnyExpertsConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["Layer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    # A slot more or less hangs on small differences of importance.
+    _keep_in_fp32_modules_strict = ["importance", "expert_bias", "slot_offset", "virtual_bias"]
+
+
+class AnyExpertsModel(AnyExpertsPreTrainedModel):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: AnyExpertsConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, place) for place in range(len(config.layer_pattern)))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = Rotary(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> AnyExpertsOutput:
+        """Hidden states in the place of logits, and the decisions of the mixture layers."""
+        hidden_BSH = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(hidden_BSH.shape[1], device=hidden_BSH.device).unsqueeze(0) + seen
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_BSH,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rotation = self.rotary(position_ids, hidden_BSH.dtype)
+        importance, slots = [], []
+        for layer in self.layers:
+            normed_BSH = layer.norm(hidden_BSH)
+            if layer.kind == "*":
+                update_BSH = layer.self_attn(normed_BSH, rotation, mask, past_key_values, **kwargs)
+            elif layer.kind == "-":
+                update_BSH = layer.mlp(normed_BSH)
+            else:
+                update_BSH, importance_BS, slots_BS = layer.mlp(normed_BSH)
+                importance.append(importance_BS)
+                slots.append(slots_BS)
+            hidden_BSH = hidden_BSH + update_BSH
+        return AnyExpertsOutput(
+            logits=self.norm(hidden_BSH),
+            past_key_values=past_key_values,
+            slots=torch.stack(slots) if slots else None,
+            importance=torch.stack(importance) if importance else None,
+        )
+
+
+class AnyExpertsForCausalLM(AnyExpertsPreTrainedModel, GenerationMixin):
+    """The language model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: AnyExpertsConfig):
+        super().__init__(config)
+        self.model = AnyExpertsModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **inputs,
+    ) -> AnyExpertsOutput:
+        """Logits [B, S, V], or of the last `logits_to_keep` positions; with `labels`, the loss of the next token."""
+        output = self.model(input_ids, **inputs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        output.logits = self.lm_head(output.logits[:, kept])
+        if labels is not None:
+            output.loss = self.loss_function(logits=output.logits, labels=labels, vocab_size=self.config.vocab_size)
+        return output if return_dict is not False else output.to_tuple()
