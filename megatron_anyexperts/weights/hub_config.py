@@ -38,6 +38,10 @@ MIXTURE = {
 NEEDED = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False}
 """Flags that the code of an exported model takes for granted, and their values."""
 
+ENCODERS = {"vision": ("patch_size", "spatial_merge"), "audio": ("n_mels", "audio_stride")}
+"""Encoders, and the flags of what each reads."""
+ENCODER_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads")
+
 _READ = {
     *SIZES.values(),
     *MIXTURE.values(),
@@ -49,6 +53,8 @@ _READ = {
     *("use_rope_scaling", "rope_scaling_factor", "rotary_scaling_factor", "mscale", "mscale_all_dim"),
     *("yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow"),
     "yarn_correction_range_round_to_int",
+    *(f"{kind}_{size}" for kind in ENCODERS for size in ENCODER_SIZES),
+    *(name for names in ENCODERS.values() for name in names),
 }
 _IDLE = {
     # Counted from the pattern, or of attention that the pattern does not have.
@@ -86,6 +92,10 @@ def hub_config(settings: Mapping[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": settings.get("max_position_embeddings") or settings["seq_length"],
         "rope_parameters": _rope(settings),
     }
+    for kind, geometry in ENCODERS.items():
+        if settings[f"{kind}_num_layers"]:
+            sizes = {name: settings[f"{kind}_{name}"] for name in ENCODER_SIZES}
+            found[f"{kind}_encoder"] = sizes | {name: settings[name] for name in geometry}
     if "E" in found["layer_pattern"]:
         found |= _mixture(settings)
     return found

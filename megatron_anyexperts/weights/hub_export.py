@@ -23,13 +23,15 @@ from megatron_anyexperts.weights.export import refuse_tokenizer, save_groups
 from megatron_anyexperts.weights.hub_config import hub_config
 from megatron_anyexperts.weights.released import copy_tokenizer
 
-CODE = ("configuration_anyexperts.py", "modeling_anyexperts.py", "routing_anyexperts.py")
+CODE = tuple(f"{name}_anyexperts.py" for name in ("configuration", "modeling", "routing", "encoders"))
 _CLASSES = {
     "AutoConfig": "configuration_anyexperts.AnyExpertsConfig",
     "AutoModelForCausalLM": "modeling_anyexperts.AnyExpertsForCausalLM",
 }
 
 _NAMES = (
+    (r"^(vision|audio)\.", r"model.\1."),
+    (r"\.transformer\.stack\.(final_)?", "."),
     (r"^language_model\.embedding\.word_embeddings\.", "model.embed_tokens."),
     (r"^language_model\.output_layer\.", "lm_head."),
     (r"^language_model\.decoder\.final_norm\.", "model.norm."),
@@ -41,6 +43,7 @@ _NAMES = (
     (r"\.self_attention\.([qk])_layernorm\.", r".self_attn.\1_norm."),
     (r"\.experts\.experts\.linear_fc1\.weight$", ".experts.gate_up_proj"),
     (r"\.experts\.experts\.linear_fc2\.weight$", ".experts.down_proj"),
+    (r"^(model\.(?:vision|audio)\..*)\.linear_fc1\.", r"\1.up_proj."),
     (r"\.linear_fc1\.", ".gate_up_proj."),
     (r"\.linear_fc2\.", ".down_proj."),
     (r"\.router\.control\.", ".router."),
@@ -83,6 +86,9 @@ def export_own(source: Path, tokenizer: Path, target: Path) -> list[Path]:
     by_layer: dict[str, list[str]] = {}
     for key, name in names.items():
         by_layer.setdefault(".".join(name.split(".")[:3]), []).append(key)
+    for kind, encoder in (("image", "vision"), ("video", "vision"), ("audio", "audio")):
+        if f"{encoder}_encoder" in config:
+            config[f"{kind}_token_id"] = vocabulary.special[SPECIAL_TOKENS[kind]]
     groups = [lambda keys=keys: ((names[key], reader.read(key)) for key in keys) for keys in by_layer.values()]
     if resting:
         groups.append(lambda: ((name, torch.zeros(expected[name])) for name in resting))

@@ -17,6 +17,8 @@ class AnyExpertsConfig(PretrainedConfig):
         layer_pattern: one letter a layer: `*` attention, `-` dense MLP, `E` mixture of experts.
         qk_norm: norm of queries and keys: "none", over each "head", or over "all" heads together.
         rope_parameters: as transformers 5 has them.
+        vision_encoder, audio_encoder: sizes, by the flags of megatron-anyexperts without prefix; None for no encoder.
+        image_token_id, video_token_id, audio_token_id: placeholders that features replace.
         moe_*: as the flags of Megatron-Core.
         anyexperts_importance: there are importance modules; without one every token has importance 0.5.
         anyexperts_*: as the flags of megatron-anyexperts; docs/routing.md says what they mean.
@@ -60,6 +62,11 @@ class AnyExpertsConfig(PretrainedConfig):
         anyexperts_rho_max: float = 0.0,
         anyexperts_virtual_experts: int = 0,
         anyexperts_virtual_kind: str = "identity",
+        vision_encoder: dict[str, Any] | None = None,
+        audio_encoder: dict[str, Any] | None = None,
+        image_token_id: int | None = None,
+        video_token_id: int | None = None,
+        audio_token_id: int | None = None,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
         **others: Any,

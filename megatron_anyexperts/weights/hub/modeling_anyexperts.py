@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -14,6 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_anyexperts import AnyExpertsConfig
+from .encoders_anyexperts import AudioEncoder, RMSNorm, VisionEncoder
 from .routing_anyexperts import GatedMLP, MixtureOfExperts
 
 
@@ -28,20 +28,6 @@ class AnyExpertsOutput(CausalLMOutputWithPast):
 
     slots: Tensor | None = None
     importance: Tensor | None = None
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in fp32; `heads` of them together where given."""
-
-    def __init__(self, size: int, eps: float, heads: int = 1):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size * heads))
-        self.eps, self.together = eps, heads > 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(-2) if self.together else x
-        normed = functional.rms_norm(flat.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-        return normed.view_as(x)
 
 
 class Rotary:
@@ -150,6 +136,9 @@ class AnyExpertsModel(AnyExpertsPreTrainedModel):
 
     def __init__(self, config: AnyExpertsConfig):
         super().__init__(config)
+        eps, width = config.rms_norm_eps, config.hidden_size
+        self.vision = VisionEncoder(config.vision_encoder, eps, width) if config.vision_encoder else None
+        self.audio = AudioEncoder(config.audio_encoder, eps, width) if config.audio_encoder else None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, place) for place in range(len(config.layer_pattern)))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -164,10 +153,31 @@ class AnyExpertsModel(AnyExpertsPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        image_patches: Tensor | None = None,
+        image_grids: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        audio_lengths: Tensor | None = None,
         **kwargs,
     ) -> AnyExpertsOutput:
-        """Hidden states in the place of logits, and the decisions of the mixture layers."""
+        """Hidden states in the place of logits, and the decisions of the mixture layers.
+
+        Args:
+            image_patches, image_grids: see `VisionEncoder.forward`; of pictures and videos, in the order of their
+                placeholders. Behind a cache they have been read.
+            audio_features, audio_lengths: see `AudioEncoder.forward`.
+            others: as in other models of transformers.
+
+        Raises:
+            ValueError: placeholders and features differ in number, or there is no encoder for the input.
+        """
         hidden_BSH = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            ids = self.config
+            for name, codes, values, sizes in (
+                ("vision", (ids.image_token_id, ids.video_token_id), image_patches, image_grids),
+                ("audio", (ids.audio_token_id,), audio_features, audio_lengths),
+            ):
+                hidden_BSH = self._fill(hidden_BSH, input_ids, name, codes, values, sizes)
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -201,6 +211,26 @@ class AnyExpertsModel(AnyExpertsPreTrainedModel):
         )
 
 
+    def _fill(
+        self, embedded_BSH: Tensor, input_ids: Tensor, name: str, codes: tuple, values: Tensor | None, sizes
+    ) -> Tensor:
+        """Replace the embeddings of placeholders by the features of an encoder."""
+        places_BS = torch.isin(input_ids, torch.tensor([code for code in codes if code is not None]).to(input_ids))
+        encoder, placeholders = getattr(self, name), int(places_BS.sum())
+        if values is None or not len(values):
+            features = embedded_BSH[:0, 0]
+        elif encoder is None:
+            raise ValueError(f"the inputs hold {name}, but the model has no {name} encoder")
+        else:
+            features = encoder(values, torch.as_tensor(sizes).tolist())
+        if placeholders != len(features):
+            raise ValueError(
+                f"{name}: the tokens hold {placeholders} placeholders, the encoder has features for {len(features)}; "
+                "the processor of the model widens placeholders"
+            )
+        return embedded_BSH.masked_scatter(places_BS.unsqueeze(-1), features.to(embedded_BSH.dtype))
+
+
 class AnyExpertsForCausalLM(AnyExpertsPreTrainedModel, GenerationMixin):
     """The language model."""
 
@@ -218,10 +248,15 @@ class AnyExpertsForCausalLM(AnyExpertsPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        image_patches: Tensor | None = None,
+        image_grids: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        audio_lengths: Tensor | None = None,
         **inputs,
     ) -> AnyExpertsOutput:
         """Logits [B, S, V], or of the last `logits_to_keep` positions; with `labels`, the loss of the next token."""
-        output = self.model(input_ids, **inputs)
+        inputs |= {"image_patches": image_patches, "image_grids": image_grids}
+        output = self.model(input_ids, audio_features=audio_features, audio_lengths=audio_lengths, **inputs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         output.logits = self.lm_head(output.logits[:, kept])
         if labels is not None:

@@ -26,7 +26,7 @@ from megatron_anyexperts.weights.hub_export import export_own, exported_name
 from tests.unit.weights.trained_models import VOCABULARY, tokenizer, trained
 
 FP32 = {"rtol": 1e-4, "atol": 1e-5}
-TOKENS = torch.randint(VOCABULARY - 20, (1, 40), generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randint(20, VOCABULARY - 20, (1, 40), generator=torch.Generator().manual_seed(1))
 DYNAMIC = {"anyexperts-k-min": 1, "anyexperts-k-max": 4, "anyexperts-alpha": 0.2}
 MODELS = {
     "static": {},
@@ -45,6 +45,10 @@ MODELS = {
     | {"moe-router-score-function": "sigmoid", "moe-router-enable-expert-bias": True, "moe-router-num-groups": 4}
     | {"moe-router-group-topk": 2, "moe-router-topk": 4, "anyexperts-rho-max": 0.3, "anyexperts-alpha": 0.0}
     | {"use-rope-scaling": True, "seq-length": 16384, "hybrid-layer-pattern": "*EE-*E"},
+    "encoders": DYNAMIC
+    | {"vision-num-layers": 2, "vision-hidden-size": 16, "vision-ffn-hidden-size": 40, "vision-num-heads": 2}
+    | {"vision-patch-size": 2, "audio-num-layers": 1, "audio-hidden-size": 24, "audio-ffn-hidden-size": 56}
+    | {"audio-num-heads": 2, "audio-n-mels": 5, "audio-stride": 4, "qk-layernorm": True},
     "stock": {"anyexperts-stock-moe": True, "group-query-attention": None, "num-query-groups": None},
 }  # fmt: skip
 
@@ -110,6 +114,40 @@ def test_logits_and_slots_are_ours(exported):
     slots = slots or [torch.full_like(TOKENS, 2)] * 2  # Megatron's own layers record none
     assert torch.equal(there.slots, torch.stack(slots))
     assert ("anyexperts-k-max" in exported.flags) == bool(there.slots.float().std() > 0)
+
+
+def media() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Two pictures, a video and two clips for the placeholders in a row, and the modality of each token."""
+    generator = torch.Generator().manual_seed(4)
+    modality = torch.tensor([0] * 4 + [1] * 2 + [0] + [3] * 2 + [0, 0] + [2] * 2 + [0] + [1] * 4 + [0] + [2] + [0] * 20)
+    inputs = {
+        "image_grids": torch.tensor([[1, 2, 4], [2, 2, 2], [1, 4, 4]]),
+        "image_patches": torch.randn(32, 12, generator=generator),
+        "audio_lengths": torch.tensor([7, 3]),
+        "audio_features": torch.randn(10, 5, generator=generator),
+    }
+    return inputs, modality[None].to(torch.int8)
+
+
+@torch.no_grad()
+def test_pictures_video_and_sound_are_read_as_ours_are(everything):
+    exported = everything["encoders"]
+    inputs, modality = media()
+    config = exported.theirs.config
+    tokens = TOKENS.clone()
+    for code, token in ((1, config.image_token_id), (2, config.audio_token_id), (3, config.video_token_id)):
+        tokens[modality == code] = token
+    here = exported.ours(tokens, torch.arange(40)[None], token_modality=modality, **inputs)
+    there = exported.theirs(tokens, **inputs).logits
+    torch.testing.assert_close(there, here, **FP32)
+    assert (there - exported.theirs(TOKENS).logits).abs().max() > 0.1
+
+    # With a cache the media are read once, and each new token sees them.
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    cached, again = (exported.theirs.generate(tokens, use_cache=use, **options, **inputs) for use in (True, False))
+    assert cached.tolist() == again.tolist()
+    with pytest.raises(ValueError, match="vision: the tokens hold 8 placeholders, the encoder has features for 0"):
+        exported.theirs(tokens)
 
 
 @torch.no_grad()
