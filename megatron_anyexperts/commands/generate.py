@@ -64,6 +64,7 @@ def evaluate(args: argparse.Namespace, model, own: argparse.Namespace) -> None:
     from megatron_anyexperts.evaluation.answers import AnswerScorer, score_table, together, with_other_pictures
     from megatron_anyexperts.evaluation.generation import generate, up_to_answer
     from megatron_anyexperts.evaluation.informative import semantics, semantics_table
+    from megatron_anyexperts.evaluation.slot_gain import gains_text, slot_gains
 
     scorer = AnswerScorer.from_args(args)
     if not scorer.questions:
@@ -76,21 +77,26 @@ def evaluate(args: argparse.Namespace, model, own: argparse.Namespace) -> None:
             answer = generate(model, scorer.encoder, up_to_answer(question.document), own.max_new_tokens)
             expected = vocabulary.decode(planned.tokens[planned.target].tolist()).partition("<|im_end|>")[0]
             say(f"{question.task}: expected {expected!r}, answered {answer.text!r}")
-    scores, shuffled, layers = scorer(model), None, None
+    scores, shuffled, layers, gains = scorer(model), None, None, {}
     if own.other_pictures:
         questions = with_other_pictures(scorer.questions)
         shuffled = AnswerScorer(scorer.encoder, questions, scorer.micro_batch_size)(model)
     if own.masks:
-        layers = semantics(model, scorer.encoder, scorer.questions, read_masks(own.masks))
+        known = (model, scorer.encoder, scorer.questions, read_masks(own.masks))
+        layers = semantics(*known)
+        if args.anyexperts_k_min != args.anyexperts_k_max:
+            gains = slot_gains(*known)
     if own.json:
         named = {"all": together(scores)} | ({"all, other pictures": together(shuffled)} if shuffled else {})
-        tables = {"tasks": scores, "tasks, other pictures": shuffled or {}, "layers": layers or {}}
+        tables = {"tasks": scores, "tasks, other pictures": shuffled or {}, "layers": layers or {}, "slots": gains}
         content = {name: {key: asdict(one) for key, one in table.items()} for name, table in tables.items()}
         say(json.dumps({name: asdict(one) for name, one in named.items()} | content))
         return
     say(f"checkpoint: {args.load}, iteration {args.iteration}\n{score_table(scores, shuffled)}")
     if layers:
         say(semantics_table(layers))
+    if gains:
+        say(gains_text(gains))
 
 
 @own_lines_only

@@ -84,8 +84,8 @@ def semantics(
     """
     columns: dict[int, list[np.ndarray]] = {}
     shares = []
-    for question, share in _with_masks(questions, masks, encoder.shape):
-        batch = _alone(encoder, question)
+    for question, share in with_masks(questions, masks, encoder.shape):
+        batch = alone(encoder, question)
         here_S = batch["token_modality"][0].numpy() == IMAGE
         with record_tokens() as layers:
             model(**{name: batch[name].to(torch.cuda.current_device()) for name in LOGIT_INPUTS})
@@ -109,10 +109,10 @@ def semantics(
     return result
 
 
-def _with_masks(
+def with_masks(
     questions: list[Question], masks: dict[str, np.ndarray], shape: Any
 ) -> Iterator[tuple[Question, np.ndarray]]:
-    """Questions with the informative share of each token of their picture, flat; none twice."""
+    """Yield questions with the informative share of each token of their picture, flat; no picture twice."""
     seen = set()
     for question in questions:
         if len(question.planned.frames) != 1:
@@ -128,7 +128,8 @@ def _with_masks(
         yield question, mask.reshape(height // merge, merge, width // merge, merge).mean((1, 3)).ravel()
 
 
-def _alone(encoder: DocumentEncoder, question: Question) -> dict[str, torch.Tensor]:
+def alone(encoder: DocumentEncoder, question: Question) -> dict[str, torch.Tensor]:
+    """A microbatch of one question."""
     planned = encoder.decode(question.planned)
     pad_id = encoder.vocabulary.special["<|pad|>"]
     return collate([assemble_row([planned], len(planned.tokens) - 1, encoder.shape, pad_id)], [])
