@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class ExpertCopies:
 
     def fetch(self, plan: CopyPlan) -> Fetched:
         """Start the exchange of weights; collective, with any number of experts to send or receive, also none."""
+        self._await_parameters()
         way = journey(plan, self.local, self.group.rank(), self.group.size())
         return self.send(way, self.own[0].detach().new_empty(self.places, self.size))
 
@@ -183,6 +185,14 @@ class ExpertCopies:
                     part = part.float().view_as(parameter)
                     sums[number] = part if sums[number] is None else sums[number] + part
         return [None if total is None else total.to(own[0].dtype) for total in sums]
+
+    def _await_parameters(self) -> None:
+        # With overlapped gathers of parameters (--overlap-param-gather) a module waits for its own when it is called,
+        # and weights are lent before.
+        for module in self.experts.modules():
+            for hook in module._forward_pre_hooks.values():
+                if hook.__module__ == DistributedDataParallel.__module__:
+                    hook(module)
 
     def _of(self, expert: int) -> slice:
         """The parameters of one local expert among `own`."""

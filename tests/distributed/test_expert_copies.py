@@ -145,6 +145,28 @@ def test_gradients_of_copies_are_added_when_the_owner_has_written_its_own():
     assert run_ranks(_order, 2) == [["own", "copies"]] * 2
 
 
+def _gathered(rank: int, ranks: int) -> list[bool]:
+    """Whether each parameter of the rank's experts has been gathered when their weights are lent."""
+    initialize(1, ranks)
+    net = build(1, ranks, **ROUTED | COPIES)
+    net.layer.router.expert_bias[:2] += 2
+    model = wrap(net, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+    copies, found = net.layer.copies, []
+    groups, send = [model.param_to_bucket_group[parameter] for parameter in copies.own], copies.send
+
+    def sent(*args):
+        found.extend(group.param_gather_dispatched and group.param_gather_handle is None for group in groups)
+        return send(*args)
+
+    copies.send = sent
+    model(*_hidden(Case([40], [0, 1], dtype=torch.float32), rank, 0))
+    return found
+
+
+def test_weights_are_lent_when_the_optimizer_has_handed_them_out():
+    assert all(found and all(found) for found in run_ranks(_gathered, 2))
+
+
 def _with_cap(rank: int, ranks: int) -> tuple[int, int, int, int]:
     initialize(1, ranks)
     # The rank that nobody prefers can hold one copy, and no expert has as many slots as it could compute.

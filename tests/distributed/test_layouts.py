@@ -48,8 +48,8 @@ ROUTING = {
 class Layout:
     """Sizes as Megatron takes them; data parallelism is what is left of the world.
 
-    With `copies` a rank holds up to so many experts of others, mixture layers are recomputed, and gradients are reduced
-    while the backward pass runs.
+    With `copies` a rank holds up to so many experts of others, mixture layers are recomputed, gradients are reduced
+    while the backward pass runs, and parameters are gathered while the forward pass does.
     """
 
     tensor: int = 1
@@ -217,7 +217,13 @@ def _train(layout: Layout, before: dict) -> tuple[list[float], list[float], list
         for _, tensor, expected in _each(chunks, before):
             tensor.copy_(expected)
     config = chunks[0].config
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=layout.copies > 0)
+    overlaps = layout.copies > 0
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlaps,
+        overlap_param_gather=overlaps,
+        bucket_size=2000 if overlaps else None,  # about a layer, so that several gathers are under way
+    )
     wrapped = [DistributedDataParallel(config, ddp, chunk) for chunk in chunks]
     if ddp.overlap_grad_reduce:
         config.no_sync_func = [chunk.no_sync for chunk in wrapped] if layout.virtual else wrapped[0].no_sync
@@ -259,6 +265,8 @@ def _train(layout: Layout, before: dict) -> tuple[list[float], list[float], list
         loss = sum(x["loss"] for x in reduced) if reduced else torch.zeros(2)
         torch.distributed.all_reduce(loss)
         losses.append((loss[0] / loss[1]).item())
+    for chunk in wrapped if overlaps else ():
+        chunk.disable_forward_pre_hook()  # which ends what is still gathered
     return losses, norms, chunks
 
 
