@@ -41,6 +41,7 @@ NEEDED = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False}
 ENCODERS = {"vision": ("patch_size", "spatial_merge"), "audio": ("n_mels", "audio_stride")}
 """Encoders, and the flags of what each reads."""
 ENCODER_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads")
+_LIMITS = ("data_image_min_patches", "data_image_max_patches", "data_audio_max_seconds")
 
 _READ = {
     *SIZES.values(),
@@ -99,6 +100,19 @@ def hub_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     if "E" in found["layer_pattern"]:
         found |= _mixture(settings)
     return found
+
+
+def processor_config(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Configuration of the processor of the model of a checkpoint; None for a model that reads text alone."""
+    settings = {name: identity.default(name) for name in _LIMITS} | dict(settings)
+    found = {}
+    if settings.get("vision_num_layers"):
+        names = {"min_patches": "data_image_min_patches", "max_patches": "data_image_max_patches"}
+        found["pictures"] = {name: settings[names.get(name, name)] for name in (*ENCODERS["vision"], *names)}
+    if settings.get("audio_num_layers"):
+        limit = {"max_seconds": settings["data_audio_max_seconds"]}
+        found["sounds"] = {name: settings[name] for name in ENCODERS["audio"]} | limit
+    return found or None
 
 
 def _mixture(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,10 +20,11 @@ from megatron_anyexperts.weights import hub
 from megatron_anyexperts.weights.checkpoint_stream import CheckpointReader
 from megatron_anyexperts.weights.conversion import refuse_differences
 from megatron_anyexperts.weights.export import refuse_tokenizer, save_groups
-from megatron_anyexperts.weights.hub_config import hub_config
+from megatron_anyexperts.weights.hub_config import hub_config, processor_config
 from megatron_anyexperts.weights.released import copy_tokenizer
 
 CODE = tuple(f"{name}_anyexperts.py" for name in ("configuration", "modeling", "routing", "encoders"))
+_PROCESSOR = "processing_anyexperts.py"
 _CLASSES = {
     "AutoConfig": "configuration_anyexperts.AnyExpertsConfig",
     "AutoModelForCausalLM": "modeling_anyexperts.AnyExpertsForCausalLM",
@@ -98,6 +99,12 @@ def export_own(source: Path, tokenizer: Path, target: Path) -> list[Path]:
     for name in ("slots.py", "scores.py"):
         shutil.copyfile(hub.DEFINITIONS / name, target / name)
     files = {"config.json": config | _declared(dtype), "generation_config.json": _generation(vocabulary, config)}
+    if processor := processor_config(settings):
+        shutil.copyfile(Path(hub.__file__).parent / _PROCESSOR, target / _PROCESSOR)
+        files["processor_config.json"] = processor | {
+            "processor_class": "AnyExpertsProcessor",
+            "auto_map": {"AutoProcessor": f"{Path(_PROCESSOR).stem}.AnyExpertsProcessor"},
+        }
     for name, values in files.items():
         (target / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     copy_tokenizer(tokenizer, target)
