@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_anyexperts.checks import driver
+
 ROOT = Path(__file__).resolve().parents[1]
 _PROBE = """
 import importlib.metadata, json
@@ -45,6 +47,7 @@ class Machine:
     transformer_engine: str | None
     async_strategy: str
     driver: str | None = None
+    """Version of NVIDIA's."""
 
     @classmethod
     def look(cls, environment: dict[str, str]) -> Machine:
@@ -59,16 +62,7 @@ class Machine:
             raise SystemExit(f"error: {sys.executable} cannot import torch:\n{asked.stderr[-2000:]}")
         found = json.loads(asked.stdout.splitlines()[-1])
         capability = found.pop("capability")
-        return cls(**found, capability=tuple(capability) if capability else None, driver=_driver())
-
-
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.split()[0] if answer.returncode == 0 and answer.stdout.strip() else None
+        return cls(**found, capability=tuple(capability) if capability else None, driver=driver.look().version)
 
 
 def commit() -> str | None:

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from unittest.mock import patch
 
+from megatron_anyexperts.checks import driver as drivers
+from megatron_anyexperts.checks.driver import Driver
 from megatron_anyexperts.console import quiet_imports
 from megatron_anyexperts.platform import cpu, seams
 
@@ -35,6 +37,7 @@ STORAGE = {
 
 HOW_TO_GET = {
     "CUDA": "run on a machine with an NVIDIA GPU and a driver that fits the CUDA version torch was built for",
+    "NVIDIA driver": "comes with the machine, not with torch",
     "NCCL": "comes with the CUDA build of torch",
     "Transformer Engine": "./bootstrap.sh dev,fp8 in the checkout; it is compiled by a C++ compiler",
     "FP8": "needs Transformer Engine and a GPU of compute capability 8.9 or newer (Ada, Hopper, Blackwell)",
@@ -53,6 +56,9 @@ class Installation:
 
     torch: str
     megatron: str
+    cuda: str | None = None
+    """Version that torch was built for."""
+    driver: Driver = Driver()
     capability: tuple[int, int] | None = None
     """CUDA compute capability of the first GPU; None without CUDA."""
     gpus: tuple[str, ...] = ()
@@ -64,6 +70,11 @@ class Installation:
     resiliency: str | None = None
     storage: tuple[str, ...] = ()
     """Keys of `STORAGE` that can be read."""
+
+    @property
+    def driver_problem(self) -> str | None:
+        """Why the driver keeps torch from a GPU; None if it does not."""
+        return drivers.problem(self.driver, self.cuda, self.capability is not None)
 
     @property
     def fp8_recipes(self) -> tuple[str, ...]:
@@ -92,6 +103,8 @@ def inspect_installation() -> Installation:
     return Installation(
         torch=torch.__version__,
         megatron=importlib.metadata.version("megatron-core"),
+        cuda=torch.version.cuda,
+        driver=drivers.look(),
         capability=torch.cuda.get_device_capability(0) if cuda else None,
         gpus=tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())) if cuda else (),
         nccl=".".join(map(str, torch.cuda.nccl.version())) if cuda and torch.distributed.is_nccl_available() else None,
@@ -108,6 +121,7 @@ def report(found: Installation) -> str:
     """One line per accelerator: what is there, or how to get it."""
     rows = {
         "CUDA": found.gpus and f"{', '.join(found.gpus)}; compute capability {'.'.join(map(str, found.capability))}",
+        "NVIDIA driver": drivers.describe(found.driver, found.cuda),
         "NCCL": found.nccl,
         "Transformer Engine": found.transformer_engine,
         "FP8": ", ".join(found.fp8_recipes),
@@ -117,6 +131,8 @@ def report(found: Installation) -> str:
         "asynchronous checkpoints": found.resiliency and f"nvidia-resiliency-ext {found.resiliency}",
     }
     lines = [f"torch {found.torch}, megatron-core {found.megatron}"]
+    if found.driver_problem:
+        lines.append(f"  {'no GPU:':26}{found.driver_problem}")
     lines += [f"  {name:26}{value or f'missing: {HOW_TO_GET[name]}'}" for name, value in rows.items()]
     for scheme, (_, way) in STORAGE.items():
         lines.append(f"  {f'storage {scheme}':26}{'available' if scheme in found.storage else f'missing: {way}'}")
@@ -139,6 +155,8 @@ def missing_for(args: argparse.Namespace, found: Installation) -> list[str]:
             problems.append(text)
 
     te = found.transformer_engine and found.capability
+    asks_cuda = args.transformer_impl == "transformer_engine" or args.distributed_backend == "nccl"
+    need(asks_cuda and found.driver_problem, False, f"CUDA: {found.driver_problem}")
     need(
         args.transformer_impl == "transformer_engine",
         te,

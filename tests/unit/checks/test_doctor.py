@@ -8,6 +8,7 @@ import pytest
 
 from megatron_anyexperts.checks import doctor
 from megatron_anyexperts.checks.doctor import FP8_CAPABILITY, HOW_TO_GET, STORAGE, Installation
+from megatron_anyexperts.checks.driver import Driver
 from megatron_anyexperts.training.arguments import UsageError
 
 CONFIGS = Path(__file__).parents[3] / "pretrain" / "configs"
@@ -16,6 +17,8 @@ BARE = Installation(torch="2.15.0", megatron="0.19.2")
 FULL = Installation(
     torch="2.15.0",
     megatron="0.19.2",
+    cuda="13.2",
+    driver=Driver("580.95.05"),
     capability=(9, 0),
     gpus=("NVIDIA H100",),
     nccl="2.29",
