@@ -57,6 +57,8 @@ setup(
             "ninja>=1.11",
             "pybind11>=2.13",
         ],
+        # The task classifier of `anyexperts analyse`.
+        "analysis": ["scikit-learn>=1.6"],
         # Reads GGUF files, for `anyexperts convert import`.
         "gguf": ["gguf>=0.17"],
         "mpi": ["mpi4py>=4.1", "openmpi>=5.0"],
@@ -73,10 +75,13 @@ setup(
             "moto[server]>=5",
             "mpi4py>=4.1",
             "openmpi>=5.0",
+            # Routing traces are read with it in the documentation.
+            "pandas>=2.2",
             "pytest>=8.3",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            "scikit-learn>=1.6",
         ],
     },
 )
