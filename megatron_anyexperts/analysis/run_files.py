@@ -19,6 +19,7 @@ _PARTS = (
     ("checkpoints", "sealed checkpoints"),
     ("tensorboard", "curves: tensorboard --logdir {run}/tensorboard"),
     ("samples", "keys of the trained samples, by rank"),
+    ("traces", "routing traces, which anyexperts analyse reads"),
     ("pictures", "what anyexperts pictures drew"),
     ("report.html", "what anyexperts runs report wrote"),
 )

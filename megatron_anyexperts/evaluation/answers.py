@@ -28,8 +28,10 @@ from megatron_anyexperts.data.samples import Document, Planned, SampleError
 from megatron_anyexperts.data.shard_reader import ShardReader
 from megatron_anyexperts.data.vocabulary import Vocabulary
 from megatron_anyexperts.evaluation.known_tokens import KnownTokens
+from megatron_anyexperts.evaluation.routing_trace import traced
 from megatron_anyexperts.media import MODALITIES
 from megatron_anyexperts.training.data import data_settings
+from megatron_anyexperts.training.trace import Tracer
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,12 @@ class AnswerScorer:
         return cls(encoder, list(read_questions(args, encoder)), args.micro_batch_size)
 
     @torch.no_grad()
-    def __call__(self, model: torch.nn.Module) -> dict[str, Score]:
+    def __call__(self, model: torch.nn.Module, tracer: Tracer | None = None) -> dict[str, Score]:
         """Return the score of each task.
 
         Args:
             model: in evaluation mode; called once per microbatch on every rank.
+            tracer: traces the routing of what counts.
         """
         if not self.questions:
             return {}
@@ -168,8 +171,9 @@ class AnswerScorer:
         # Expert parallelism needs every rank in every pass: ranks without a batch of their own repeat one, uncounted.
         for start in range(0, len(batches), ranks):
             mine = [[self.questions[index] for index in row] for row in batches[(start + rank) % len(batches)]]
-            results = self._score(model, mine, device)
-            if start + rank < len(batches):
+            counts = start + rank < len(batches)
+            results = self._score(model, mine, device, tracer if counts else None)
+            if counts:
                 for question, result in zip((question for row in mine for question in row), results, strict=True):
                     sums_T4[tasks.index(question.task)] += result
         torch.distributed.all_reduce(sums_T4, group=mpu.get_data_parallel_group())
@@ -179,7 +183,7 @@ class AnswerScorer:
         }
 
     def _score(
-        self, model: torch.nn.Module, rows: list[list[Question]], device: torch.device
+        self, model: torch.nn.Module, rows: list[list[Question]], device: torch.device, tracer: Tracer | None
     ) -> Iterator[torch.Tensor]:
         """Yield (1, exact, sum of losses, targets) of each conversation, row by row."""
         encoder = self.encoder
@@ -190,9 +194,12 @@ class AnswerScorer:
             )
             for row in rows
         ]
-        batch = collate(arrays, []).to(device)
+        keys = [[question.document.__key__ for question in row] for row in rows]
+        tasks = [[question.task for question in row] for row in rows]
+        batch = collate(arrays, keys).to(device)
         labels_BS, mask_BS = batch["labels"], (batch["loss_mask"] > 0) & (batch["labels"] != end_id)
-        logits_BSV = model(**batch.select((*LOGIT_INPUTS, "segment_ids")), runtime_gather_output=True)
+        with traced(tracer, batch, len(rows), tasks):
+            logits_BSV = model(**batch.select((*LOGIT_INPUTS, "segment_ids")), runtime_gather_output=True)
         logits_BSV = self.known(logits_BSV.float())
         wrong_BS = (logits_BSV.argmax(-1) != labels_BS) & mask_BS
         losses_BS = torch.nn.functional.cross_entropy(logits_BSV.transpose(1, 2), labels_BS, reduction="none")

@@ -12,10 +12,12 @@ from megatron.core import mpu
 
 from megatron_anyexperts.data.microbatch import Microbatch
 from megatron_anyexperts.evaluation.held_out import forward, held_out_loader
+from megatron_anyexperts.evaluation.routing_trace import traced
 from megatron_anyexperts.media import MODALITIES
 from megatron_anyexperts.moe import install_metrics
 from megatron_anyexperts.moe.metrics import token_modality
 from megatron_anyexperts.training.pretrain import transformer_config
+from megatron_anyexperts.training.trace import Tracer
 
 DocumentLoss = tuple[str, int, float, float]
 """Key, kind of sample, sum of losses in nats, number of targets."""
@@ -69,13 +71,16 @@ def document_losses(batch: Microbatch, losses_BS: torch.Tensor) -> list[Document
     return found
 
 
-def held_out_losses(args: argparse.Namespace, model: torch.nn.Module, microbatches: int) -> HeldOutLosses:
+def held_out_losses(
+    args: argparse.Namespace, model: torch.nn.Module, microbatches: int, tracer: Tracer | None = None
+) -> HeldOutLosses:
     """Losses of the first rows of the held-out set; all ranks call it together.
 
     Args:
         args: from `trained_model.start`.
         model: in evaluation mode.
         microbatches: most microbatches of one rank; a smaller set is read once.
+        tracer: traces the routing of what counts.
     """
     tracker = install_metrics(transformer_config(args), MODALITIES)
     loader = held_out_loader(args, microbatches)
@@ -84,10 +89,10 @@ def held_out_losses(args: argparse.Namespace, model: torch.nn.Module, microbatch
     found: list[DocumentLoss] = []
     for step in range(min(microbatches, -(-loader.rows // (rows * ranks)))):
         batch = next(loader).to(device)
-        with token_modality(batch["token_modality"]):
-            losses_BS = forward(model, batch)
         # The last step may begin to repeat the set.
         start = (step * ranks + mpu.get_data_parallel_rank()) * rows
+        with token_modality(batch["token_modality"]), traced(tracer, batch, max(0, loader.rows - start)):
+            losses_BS = forward(model, batch)
         new = Microbatch(batch.buffer, batch.shapes, batch.sample_keys[: max(0, loader.rows - start)], batch.sizes)
         found += document_losses(new, losses_BS)
     everything: list[list[DocumentLoss]] = [[]] * ranks

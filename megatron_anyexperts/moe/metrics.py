@@ -1,7 +1,8 @@
 """What routing does, per layer and per modality: added up in the layers, reduced and logged once per log interval.
 
 `token_modality` says which kinds of tokens a forward pass holds; layers record only inside it. Recomputation in the
-backward pass runs outside, so nothing counts twice. `record_tokens` keeps single tokens, for pictures.
+backward pass runs outside, so nothing counts twice. `record_tokens` keeps single tokens, for pictures;
+`trace_routing` keeps the experts of chosen ones.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from megatron_anyexperts.moe.config import AnyExpertsConfig
     from megatron_anyexperts.moe.decision import RoutingDecision
     from megatron_anyexperts.moe.dispatcher import LoadReport
+    from megatron_anyexperts.moe.trace import ForwardTrace
 
 @dataclass
 class TokenRecord:
@@ -47,6 +49,7 @@ class TokenRecord:
 class _Observers:
     kinds_BS: Tensor | None = None
     tokens: dict[int, list[TokenRecord]] | None = field(default=None)
+    trace: ForwardTrace | None = None
 
 
 _OBSERVERS = _Observers()
@@ -81,6 +84,16 @@ def record_tokens() -> Iterator[dict[int, list[TokenRecord]]]:
         _OBSERVERS.tokens = before
 
 
+@contextmanager
+def trace_routing(trace: ForwardTrace) -> Iterator[None]:
+    """Let the mixture layers of the forward pass inside add to `trace`; recomputation outside adds nothing."""
+    before, _OBSERVERS.trace = _OBSERVERS.trace, trace
+    try:
+        yield
+    finally:
+        _OBSERVERS.trace = before
+
+
 @torch.no_grad()
 def observe(
     layer_number: int,
@@ -107,6 +120,8 @@ def observe(
             decision.routing_map_TE.sum(1).view(shape).cpu(),
         )
         _OBSERVERS.tokens.setdefault(layer_number, []).append(record)
+    if _OBSERVERS.trace is not None:
+        _OBSERVERS.trace.add(layer_number, decision, shape, tp_rank)
     tracker = get_moe_metrics_tracker()
     if _OBSERVERS.kinds_BS is not None and isinstance(tracker, RoutingTracker):
         kinds_T = local_positions(_OBSERVERS.kinds_BS, shape[0], tp_rank).reshape(-1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory: `RUN/{config.yaml,lock,checkpoints,tensorboard,logs,samples}` and what lies below `logs`."""
+    """One run directory: `RUN/{config.yaml,lock,checkpoints,tensorboard,logs,samples,traces}`, and its `logs`."""
 
     root: Path
 
@@ -35,6 +35,11 @@ class Run:
     def samples(self) -> Path:
         """Keys of the consumed samples, one file per data-parallel rank."""
         return self.root / "samples"
+
+    @property
+    def traces(self) -> Path:
+        """Routing traces, a folder each; see docs/analysis.md."""
+        return self.root / "traces"
 
     @property
     def logs(self) -> Path:

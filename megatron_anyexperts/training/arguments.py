@@ -16,7 +16,7 @@ import torch
 from megatron_anyexperts.console import say
 from megatron_anyexperts.survival.run_directory import Run
 from megatron_anyexperts.training import run_config
-from megatron_anyexperts.training.config import RunConfig, apply_run_dir
+from megatron_anyexperts.training.config import RunConfig, TraceConfig, apply_run_dir
 from megatron_anyexperts.training.config_files import read_config
 from megatron_anyexperts.training.help import ParserHook, help_text, training_parser
 from megatron_anyexperts.training.usage import UsageError
@@ -37,7 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     inherited = [field.name for field in dataclasses.fields(TransformerConfig)]
     ArgumentGroupFactory(AnyExpertsConfig, exclude=inherited).build_group(parser, title="anyexperts")
     add_model_arguments(parser)
-    groups = ((DataConfig, "multimodal data"), (RunConfig, "run"), (LearningRateConfig, "learning rates of parts"))
+    groups = (
+        (DataConfig, "multimodal data"),
+        (RunConfig, "run"),
+        (TraceConfig, "routing trace"),
+        (LearningRateConfig, "learning rates of parts"),
+    )
     for config, title in groups:
         ArgumentGroupFactory(config).build_group(parser, title=title)
     return parser

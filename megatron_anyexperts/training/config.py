@@ -52,6 +52,45 @@ class RunConfig:
                 raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} is negative; use 0 or more")
 
 
+@dataclass
+class TraceConfig:
+    """Which tokens leave a trace of their routing, and how much of it."""
+
+    anyexperts_trace_every: int = 0
+    """Trace the routing of the steps that this divides into RUN_DIR/traces/training. 0: no trace."""
+
+    anyexperts_trace_positions: int = 64
+    """Positions of each row that are traced, the same at every step, spread over the row."""
+
+    anyexperts_trace_megabytes: int = 256
+    """MiB that a rank may write; a rank that has reached it traces no further step."""
+
+    def __post_init__(self):
+        if self.anyexperts_trace_every < 0:
+            raise ValueError(f"--anyexperts-trace-every={self.anyexperts_trace_every} is negative; use 0 or more")
+        for name in ("anyexperts_trace_positions", "anyexperts_trace_megabytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} is below 1")
+
+
+def refuse_trace(args: argparse.Namespace) -> None:
+    """Refuse a trace that could not be written.
+
+    Raises:
+        ValueError: the way out is in the message.
+    """
+    if not args.anyexperts_trace_every:
+        return
+    asked = f"--anyexperts-trace-every={args.anyexperts_trace_every}"
+    if args.run_dir is None:
+        raise ValueError(f"{asked} needs --run-dir, below which traces are written")
+    if args.anyexperts_stock_moe:
+        raise ValueError(
+            f"{asked} sees nothing of --anyexperts-stock-moe; for Megatron's own top-k leave that out and set "
+            "anyexperts-k-min and anyexperts-k-max to the top-k, anyexperts-rho-max and anyexperts-alpha to 0"
+        )
+
+
 def apply_run_dir(args: argparse.Namespace) -> None:
     """Derive Megatron's directories from ``--run-dir`` where the user did not give them.
 

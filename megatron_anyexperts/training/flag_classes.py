@@ -194,6 +194,8 @@ TABLE: tuple[tuple[Kind, str, str], ...] = (
     (Kind.EXECUTION, "the run's folder and how its checkpoints are kept",
      """run_dir verbose log_sample_keys keep_last_checkpoints keep_every_checkpoint max_failed_saves accept_change
      change_schedule peak_tflops_per_gpu"""),
+    (Kind.EXECUTION, "what is traced",
+     "anyexperts_trace_every anyexperts_trace_positions anyexperts_trace_megabytes"),
     (Kind.EXECUTION, "file whose content is compared with the data state, as far as it was followed",
      "data_mixture_schedule"),
     (Kind.EXECUTION, "how much failure the feed tolerates",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers
@@ -48,7 +50,10 @@ class ForwardStep:
             batch = next_batch(data_iterator)
         timers("batch-generator").stop()
 
-        with token_modality(batch["token_modality"]):
+        traced: AbstractContextManager = nullcontext()
+        if model.training and self.stats.tracer is not None:
+            traced = self.stats.tracer.microbatch(batch, id(model), get_num_microbatches())
+        with token_modality(batch["token_modality"]), traced:
             output = model(**batch.select(TRAINING_INPUTS))
         return output, partial(loss_func, batch["loss_mask"], batch["sample_modality"], self.stats, model.training)
 

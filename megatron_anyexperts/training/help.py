@@ -26,7 +26,7 @@ OUR_WORDS = {
 }
 """Where Megatron's own words are about another loader or too little."""
 
-OUR_GROUPS = ("anyexperts", "encoders", "media", "multimodal data", "run", "learning rates of parts")
+OUR_GROUPS = ("anyexperts", "encoders", "media", "multimodal data", "run", "routing trace", "learning rates of parts")
 
 CONFIG_HELP = (
     ("--config FILE", "YAML file of flags, or the name of a shipped one; the command line overrides it"),

@@ -76,6 +76,8 @@ class TrainingMetrics(RoutingTracker):
         self.stats.stop_clock()
         if self.stats.sample_log is not None:
             self.stats.sample_log.flush(iteration)
+        if self.stats.tracer is not None:
+            self.stats.tracer.end_step(iteration)
         if self.heartbeat is not None:
             self.heartbeat.beat(iteration)
         if self.progress is not None:

@@ -105,7 +105,7 @@ def check(args: argparse.Namespace) -> None:
     from megatron_anyexperts.media import MediaShape
     from megatron_anyexperts.models.build import can_fuse_gradient_accumulation, refuse_fp8_rows, refuse_unsupported
     from megatron_anyexperts.training import batch_sizes
-    from megatron_anyexperts.training.config import RunConfig
+    from megatron_anyexperts.training.config import RunConfig, TraceConfig, refuse_trace
     from megatron_anyexperts.training.learning_rates import LearningRateConfig
 
     # Packed rows hold different numbers of targets; only a loss per token is independent of how they are spread.
@@ -130,8 +130,9 @@ def check(args: argparse.Namespace) -> None:
     refuse_fp8_rows(args.seq_length, args.micro_batch_size, decoder)
     MediaShape.from_args(args)
     LearningRateConfig.from_args(args)
-    for config in (DataConfig, RunConfig):
+    for config in (DataConfig, RunConfig, TraceConfig):
         config(**{field.name: getattr(args, field.name) for field in fields(config)})
+    refuse_trace(args)
     streams_per_rank(args.data_streams, args.data_parallel_size)
     batch_sizes.check(args)
 
@@ -285,6 +286,7 @@ def _run_megatron(
     from megatron_anyexperts.training.forward_step import ForwardStep
     from megatron_anyexperts.training.progress import Progress
     from megatron_anyexperts.training.step_stats import StepStats
+    from megatron_anyexperts.training.trace import open_tracer
 
     # The process behind this queue takes part in every save. Forked here it starts at once; Megatron would spawn it,
     # and import everything in it again, during the first save.
@@ -315,6 +317,7 @@ def _run_megatron(
         return model
 
     def begin() -> None:
+        stats.tracer = open_tracer(args, transformer_config(args).anyexperts_k_max)
         opening.say_loaded(args, transformer_config(args), sizes, blend_file(args.data_path))
         if args.rank == args.world_size - 1:
             tracker.progress = Progress(args.iteration, args.train_iters)
@@ -336,6 +339,8 @@ def _run_megatron(
     finally:
         if tracker.progress is not None:
             tracker.progress.close()
+        if stats.tracer is not None:
+            stats.tracer.writer.close()
     checkpoints.refuse_unsaved()
 
 

@@ -17,6 +17,7 @@ from megatron_anyexperts.files import atomic_file
 from megatron_anyexperts.media import MODALITIES
 from megatron_anyexperts.survival import runlog
 from megatron_anyexperts.training.flops import WORK
+from megatron_anyexperts.training.trace import Tracer
 
 
 def modality_sums(losses: torch.Tensor, loss_mask: torch.Tensor, sample_modality: torch.Tensor) -> torch.Tensor:
@@ -103,11 +104,13 @@ class StepStats:
 
     Attributes:
         sample_log: takes the keys of training samples; None switches the log off.
+        tracer: takes the routing of traced steps, or None.
         held_out_modalities: kinds of samples that the validation set holds, the same on all data-parallel ranks.
         ledger: counts of the training loader, on one of the ranks that read the same; None on the others.
     """
 
     sample_log: SampleLog | None = None
+    tracer: Tracer | None = None
     held_out_modalities: tuple[str, ...] = MODALITIES
     ledger: FaultLedger | None = None
     _sums: _Sums = field(default_factory=_Sums)
