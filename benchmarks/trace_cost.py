@@ -4,8 +4,8 @@
     python benchmarks/trace_cost.py --positions 1024 # all of them
 
 Ratios of medians, traced over not traced: of a step's time, which other load of the machine enters as well, and of its
-processor time, in which the writer's thread counts and other load hardly. The share is what the step's own thread spends
-on tracing, over the median step without. All are of a step that is traced: with --anyexperts-trace-every N, the mean
+processor time, in which the writer's thread counts and other load hardly. The share is what the step's own thread takes
+for tracing, over the median step without. All are of a step that is traced: with --anyexperts-trace-every N, the mean
 step pays an Nth.
 """
 
@@ -164,7 +164,8 @@ def main() -> None:
         writer.close()
         for place, name in enumerate(("step", "processor")):
             without, traced = (statistics.median(each[place] for each in seconds[kind]) for kind in (False, True))
-            print(f"{name}: {1000 * without:.1f} ms without, {1000 * traced:.1f} ms traced, ratio {traced / without:.4f}")
+            ratio = f"ratio {traced / without:.4f}"
+            print(f"{name}: {1000 * without:.1f} ms without, {1000 * traced:.1f} ms traced, {ratio}")
             if name == "step":
                 share = statistics.median(own) / without
                 print(f"on the step's thread: {1000 * statistics.median(own):.2f} ms, {share:.2%}")

@@ -27,6 +27,7 @@ VERBS = {
     "evaluate": Verb(f"{_COMMANDS}.evaluate:main", "held-out losses with standard errors, and answers"),
     "budgets": Verb(f"{_COMMANDS}.budgets:main", "held-out losses under other slot budgets, without training"),
     "pictures": Verb(f"{_COMMANDS}.pictures:main", "draw what routing learned"),
+    "analyse": Verb(f"{_COMMANDS}.analyse:main", "what experts do, from routing traces"),
     "runs list": Verb(f"{_COMMANDS}.runs_list:main", "the runs below a folder, a line each"),
     "runs show": Verb(f"{_COMMANDS}.runs_show:main", "one run, and what lies where in it"),
     "runs compare": Verb(f"{_COMMANDS}.runs_compare:main", "runs side by side: figures, flags, a picture"),

@@ -30,6 +30,7 @@ PAGES = {
         "Survival": "survival.md",
         "Reading a run": "reading_a_run.md",
         "What is logged": "metrics.md",
+        "What experts do": "analysis.md",
         "GPUs": "gpu.md",
         "Conversion and upcycling": "conversion.md",
     },

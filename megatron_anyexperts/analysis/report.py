@@ -25,6 +25,11 @@ NAME = "report.html"
 PICTURES = {
     "importance.png": "Importance and slots of the tokens of held-out images and of their captions",
     "frames.png": "Importance of the frames of held-out videos",
+    "signatures.png": "Mean cosine similarity of the routing signatures of two tasks",
+    "specialisation.png": "Share of a domain's tokens that each expert serves, by layer",
+    "modalities.png": "Share of a modality's tokens that each expert serves, by layer",
+    "coactivation.png": "Of an expert's tokens (row), the share that another one (column) serves too, by layer",
+    "load_over_time.png": "Load of each expert over the mean, by traced step and layer",
     "budgets.png": "Held-out loss under other slot budgets",
 }
 _PLAIN_EVENTS = ("start", "load", "saved", "finished", "attempt", "answers", "task")

@@ -20,7 +20,7 @@ _PARTS = (
     ("tensorboard", "curves: tensorboard --logdir {run}/tensorboard"),
     ("samples", "keys of the trained samples, by rank"),
     ("traces", "routing traces, which anyexperts analyse reads"),
-    ("pictures", "what anyexperts pictures drew"),
+    ("pictures", "what anyexperts pictures, analyse and budgets drew"),
     ("report.html", "what anyexperts runs report wrote"),
 )
 

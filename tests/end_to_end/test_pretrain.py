@@ -52,7 +52,8 @@ def trace(run) -> pd.DataFrame:
     """The routing trace of a training, by what is the same in every layout."""
     folder = run.traces / "training"
     table = pd.read_parquet(folder / "routing").merge(pd.read_parquet(folder / "tokens"))
-    table = table.set_index(["step", "sample", "position", "layer"]).sort_index()
+    table = table.astype({"sample": str, "modality": str})
+    table = table.set_index(["step", "sample", "position", "layer", "token"]).sort_index()
     table["experts"] = table["experts"].map(sorted).map(tuple)
     return table
 
@@ -84,7 +85,7 @@ def test_the_layout_does_not_change_the_losses(from_one_step, one_rank, flags, t
     assert losses[21] < 0.9 * losses[1]
     # The first step has the same weights; later ones drift apart by rounding, but read the same tokens.
     assert traced.index.equals(whole.index) and len(whole.loc[2]) > 300
-    assert traced.token.tolist() == whole.token.tolist() and traced.modality.tolist() == whole.modality.tolist()
+    assert traced.modality.tolist() == whole.modality.tolist()
     assert (traced.loc[2].experts == whole.loc[2].experts).mean() > 0.99
     assert traced.loc[2].importance.tolist() == pytest.approx(whole.loc[2].importance.tolist(), abs=1e-4)
 

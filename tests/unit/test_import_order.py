@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_anyexperts"
-ANYONE = {"media", "host_sizes", "files", "config_search", "described", "console", "hardware"}
+ANYONE = {"media", "host_sizes", "files", "config_search", "described", "console", "hardware", "trace_file"}
 """Modules of the package itself that know nothing of it."""
 LOWER = {
     "platform": set(),

@@ -1,6 +1,8 @@
 """A routing trace holds what the router decided, once, for the positions it promises, and never stops a training."""
 
+import re
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +22,7 @@ from megatron_anyexperts.training.trace import Tracer, fixed_positions, open_tra
 from megatron_anyexperts.training.trace_writer import TraceWriter
 from tests.unit.models.small import DYNAMIC, media_batch
 
+ROOT = Path(__file__).resolve().parents[3]
 KEYS = [["shards/text/a", "chat/b"]]
 
 
@@ -106,6 +109,21 @@ def test_the_tables_say_what_the_router_decided(model, make_tracer, tmp_path):
     # Softmax over the slots in use: real and virtual gates are all there is.
     assert (table.gates.map(sum) + table.virtual_gate).tolist() == pytest.approx([1] * 20, abs=1e-5)
     assert ((table.virtual_gate > 0) == (table.slots > table.real)).all()
+
+
+def test_three_lines_of_pandas_read_a_trace(model, make_tracer, tmp_path, capsys):
+    tracer = make_tracer()
+    layers = forward(model, tracer, microbatch())
+    tracer.end_step(7)
+    tracer.writer.close()
+    [lines] = re.findall(r"```python\n(import pandas.*?)```", (ROOT / "docs/analysis.md").read_text(), re.DOTALL)
+    assert lines.count("\n") == 3 and "RUN/traces/training/" in lines
+    exec(lines.replace("RUN/traces/training", str(tmp_path)), found := {})
+    assert len(found["table"]) == 20 and "modality" in capsys.readouterr().out
+    [record] = layers[4]
+    images = microbatch()["token_modality"][0] == 1
+    printed = found["table"].query("layer == 4 and modality == 'image'").real.mean()
+    assert printed == record.real_SB[images, 0].double().mean()
 
 
 def test_only_the_fixed_positions_of_traced_steps_are_kept(model, make_tracer, tmp_path):
