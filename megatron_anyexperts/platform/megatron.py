@@ -15,63 +15,18 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-
-def expand_to_padded_offsets(
-    compact: torch.Tensor, offsets: list[int], numels_unpadded: list[int], numel: int
-) -> torch.Tensor:
-    """Put the padding between buckets back into a flat optimizer state.
-
-    Args:
-        compact: [sum(numels_unpadded)] states of all buckets without the padding at each bucket's end.
-        offsets: start of each bucket in the padded buffer, in elements.
-        numels_unpadded: elements of each bucket without its padding.
-        numel: elements of the padded buffer.
-
-    Returns:
-        [numel] state at the offsets by which parameters are looked up; padding is zero.
-    """
-    padded = compact.new_zeros(numel)
-    start = 0
-    for offset, size in zip(offsets, numels_unpadded, strict=True):
-        padded[offset : offset + size] = compact[start : start + size]
-        start += size
-    return padded
+from megatron_anyexperts.platform.sharded_states import load_sharded_states, sharded_states
 
 
-def _with_padding(get_parameter_state):
-    """Return gathered states in padded layout; see `REPAIRS`."""
+def _of_own_range(_sharded_param_state):
+    def sharded_param_state(self, model_sharded_state_dict, is_loading=False, metadata=None):
+        return sharded_states(self, model_sharded_state_dict, is_loading)
 
-    @functools.wraps(get_parameter_state)
-    def wrapper(self, *args, **kwargs):
-        state = get_parameter_state(self, *args, **kwargs)
-        for index, buffer in enumerate(self.buffers):
-            for tensors in (state or {}).get(index, {}).values():
-                for key, value in tensors.items():
-                    if isinstance(value, torch.Tensor):
-                        tensors[key] = expand_to_padded_offsets(
-                            value,
-                            [bucket.offset for bucket in buffer.buckets],
-                            [bucket.numel_unpadded for bucket in buffer.buckets],
-                            buffer.numel,
-                        )
-        return state
-
-    return wrapper
+    return sharded_param_state
 
 
-def _padded_while_sharding(sharded_param_state):
-    @functools.wraps(sharded_param_state)
-    def wrapper(self, *args, **kwargs):
-        # Only this caller slices with padded offsets; the legacy formats want the compact state.
-        self.get_parameter_state_dp_zero = functools.partial(
-            _with_padding(type(self).get_parameter_state_dp_zero), self
-        )
-        try:
-            return sharded_param_state(self, *args, **kwargs)
-        finally:
-            del self.get_parameter_state_dp_zero
-
-    return wrapper
+def _into_own_range(_load_parameter_state):
+    return load_sharded_states
 
 
 def _is_torch_adam(optimizer: torch.optim.Optimizer) -> bool:
@@ -151,9 +106,16 @@ REPAIRS = (
     Repair(
         DistributedOptimizer,
         "sharded_param_state_fully_reshardable",
-        _padded_while_sharding,
-        "slices states that lack the padding between buckets with offsets that count it: every parameter after a "
-        "padded bucket is stored shifted, fp32 master weights included (upstream pull request 5077)",
+        _of_own_range,
+        "gathers the states of all data-parallel ranks in the host memory of each, and slices them, which lack the "
+        "padding between buckets, with offsets that count it: every parameter after a padded bucket is stored "
+        "shifted, fp32 master weights included (upstream pull request 5077)",
+    ),
+    Repair(
+        DistributedOptimizer,
+        "load_parameter_state_from_fully_reshardable",
+        _into_own_range,
+        "takes the states of all data-parallel ranks, of which a rank needs its own range",
     ),
     Repair(
         DistributedOptimizer,

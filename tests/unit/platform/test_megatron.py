@@ -9,33 +9,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.utils import unwrap_model
 
-from megatron_anyexperts.platform.megatron import REPAIRS, expand_to_padded_offsets
+from megatron_anyexperts.platform.megatron import REPAIRS
 from tests.multirank import run_ranks
 from tests.unit.moe import rank_cases
 from tests.unit.moe.builders import HIDDEN, config
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+GATHERED = (
+    "DistributedOptimizer.sharded_param_state_fully_reshardable",
+    "DistributedOptimizer.load_parameter_state_from_fully_reshardable",
+)
+"""Without these repairs the states of all data-parallel ranks are brought together on each."""
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 5)), min_size=1, max_size=6))
-def test_padding_returns_each_bucket_to_its_offset(buckets):
-    sizes = [size for size, _ in buckets]
-    offsets, end = [], 0
-    for size, padding in buckets:
-        offsets.append(end)
-        end += size + padding
-    compact = torch.arange(1.0, sum(sizes) + 1)
-    padded = expand_to_padded_offsets(compact, offsets, sizes, end)
-    assert torch.equal(torch.cat([padded[o : o + s] for o, s in zip(offsets, sizes, strict=True)]), compact)
-    assert padded.sum() == compact.sum()
+STOCK = {repair: vars(repair.owner)[repair.attribute] for repair in REPAIRS}
 
 
 def test_every_repair_has_its_fault_below():
@@ -46,10 +41,9 @@ def test_every_repair_has_its_fault_below():
 @pytest.fixture
 def repaired(monkeypatch):
     """Call it to run the installed release with all repairs but those to the named methods."""
-    stock = {repair: vars(repair.owner)[repair.attribute] for repair in REPAIRS}
 
     def apply(*without: str) -> None:
-        for repair, method in stock.items():
+        for repair, method in STOCK.items():
             kept = method if f"{repair.owner.__name__}.{repair.attribute}" in without else repair.wrap(method)
             monkeypatch.setattr(repair.owner, repair.attribute, kept)
 
@@ -89,8 +83,15 @@ class Trained:
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=METADATA)
         return {"model": model, "optimizer": optimizer}
 
+    def elements(self, is_loading: bool) -> int:
+        """Of the optimizer's states that a save writes or a load reads on this rank."""
+        states = self.sharded(is_loading)["optimizer"]
+        return sum(
+            each.data.numel() for each in nested_values(states) if isinstance(each, ShardedTensor | ShardedTensorFactory)
+        )
+
     def save(self, folder) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         dist_checkpointing.save(self.sharded(is_loading=False), folder)
 
     def load(self, folder) -> None:
@@ -143,15 +144,14 @@ def test_repaired_optimizer_resumes_element_by_element(one_rank, repaired, tmp_p
 
 
 def test_upstream_stores_what_follows_a_padded_bucket_shifted(one_rank, repaired, tmp_path):
-    method = "DistributedOptimizer.sharded_param_state_fully_reshardable"
-    assert differing(*resumed(tmp_path / "one", repaired, method)) == 0
-    assert differing(*resumed(tmp_path / "several", repaired, method, several_buckets=True)) > 0
+    assert differing(*resumed(tmp_path / "one", repaired, *GATHERED)) == 0
+    assert differing(*resumed(tmp_path / "several", repaired, *GATHERED, several_buckets=True)) > 0
 
 
 def test_upstream_cannot_save_a_group_of_two_dtypes(one_rank, repaired, tmp_path):
     method = "DistributedOptimizer._build_optimizer_group_ranges"
     assert differing(*resumed(tmp_path / "fp32", repaired, method, bf16=False)) == 0
-    with pytest.raises(RuntimeError, match="The size of tensor a .* must match"):
+    with pytest.raises(ValueError, match="belong to another parameter"):
         resumed(tmp_path / "bf16", repaired, method)
 
 
@@ -172,11 +172,50 @@ def test_upstream_gives_all_parameters_one_step_counter(one_rank, repaired, tmp_
         assert {state["step"].item() for state in adam.state.values()} == {3.0 + len(adam.state)}
 
 
+def repair_all_but(*without: str) -> None:
+    for repair, method in STOCK.items():
+        kept = f"{repair.owner.__name__}.{repair.attribute}" in without
+        setattr(repair.owner, repair.attribute, method if kept else repair.wrap(method))
+
+
+def gathered_and_own(rank: int, world_size: int, folder: Path) -> tuple[float, float, float, int]:
+    """Data-parallel ranks whose states are read and written, upstream and here; and whether either reads the other's.
+
+    Returns:
+        states that a rank reads upstream, those it reads and writes here, over those it owns; how many of its states
+        differ after upstream's checkpoint was read here, in other buckets, and the one written of that upstream.
+    """
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    repair_all_but(*GATHERED)
+    before, after = Trained.start(), Trained.start()
+    before.steps(3)
+    before.save(folder / "upstream")
+    own = sum(state.numel() for state in before.states())
+    read_upstream = before.elements(is_loading=True)
+
+    repair_all_but()
+    ours = Trained.start(several_buckets=True)
+    ours.load(folder / "upstream")
+    ours.save(folder / "ours")
+    own_here = sum(state.numel() for state in ours.states())
+    read, written = (ours.elements(is_loading) for is_loading in (True, False))
+
+    repair_all_but(*GATHERED)
+    after.load(folder / "ours")
+    return read_upstream / own, read / own_here, written / own_here, differing(before, after)
+
+
+def test_upstream_gathers_the_states_of_all_ranks_on_each(tmp_path):
+    for upstream, read, written, different in run_ranks(gathered_and_own, 2, tmp_path):
+        assert upstream > 1.9
+        assert read == written == 1
+        assert different == 0
+
+
 def stage_without_experts(rank: int, world_size: int, without: str) -> list[float]:
     """Steps of the optimizer's groups in a checkpoint, whose first stage trains no expert; none if saving fails."""
-    for repair in REPAIRS:
-        if f"{repair.owner.__name__}.{repair.attribute}" != without:
-            repair.apply()
+    repair_all_but(without)
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
     model_parallel_cuda_manual_seed(1)
     trained = Trained.start(experts=rank == 1)
