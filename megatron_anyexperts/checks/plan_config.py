@@ -50,7 +50,7 @@ def vocabulary_rows(args: Namespace, named: int | None) -> tuple[int, str | None
     if rows is None and args.tokenizer_model:
         from megatron_anyexperts.data.vocabulary import Vocabulary
 
-        rows = len(Vocabulary(args.tokenizer_model).tokenizer)
+        rows = max(Vocabulary(args.tokenizer_model).ids()) + 1
     if rows is None:
         rows, note = ASSUMED_VOCABULARY, f"vocabulary of {ASSUMED_VOCABULARY:,}: neither --vocabulary nor a tokenizer"
     return -(-rows // multiple) * multiple, note

@@ -59,8 +59,9 @@ def describe(setting: Setting, one: Candidate, own: Any) -> dict[str, Any]:
         "save": {
             "stored_gib": stored.stored / GIB,
             "stall_seconds": stored.stall,
-            "host_gathered_gib": stored.gathered / GIB,
-            "host_peak_gib": stored.peak / GIB,
+            "shard_gib": stored.shard / GIB,
+            "host_gib": stored.host / GIB,
+            "host_most_gib": stored.host_most / GIB,
         },
         "gib_sent_per_gpu_and_step": {
             cause: {"nvlink": sent.nvlink / GIB, "network": sent.network / GIB} for cause, sent in step.sent.items()
@@ -158,8 +159,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
     links = "; ".join(f"{cause} {each['nvlink']:.2f} / {each['network']:.2f}" for cause, each in sent.items())
     lines += [
         f"  GiB sent     a GPU and step, NVLink / network: {links or 'none'}",
-        f"  a checkpoint {stored['stored_gib']:.0f} GiB, {stored['stall_seconds']:.0f} s; gathered on the first host "
-        f"{stored['host_gathered_gib']:.0f} GiB, at most {stored['host_peak_gib']:.0f} with its padded copy",
+        f"  a checkpoint {stored['stored_gib']:.0f} GiB, {stored['stall_seconds']:.0f} s; a rank's shard "
+        f"{stored['shard_gib']:.1f} GiB, copied to host memory: {stored['host_gib']:.0f} GiB a node, at most "
+        f"{stored['host_most_gib']:.0f}",
     ]
     for link, cost in found.get("copies", {}).items():
         lines.append(

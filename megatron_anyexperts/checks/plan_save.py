@@ -13,15 +13,16 @@ from megatron_anyexperts.hardware import GPUS_PER_NODE
 
 @dataclass(frozen=True)
 class Save:
-    """One checkpoint: bytes of it all, and of the fullest host's memory; seconds that training waits.
+    """One checkpoint: bytes of it all, of what the busiest rank writes, and of hosts' memory; seconds of waiting.
 
-    `gathered` is optimizer state that `fully_reshardable` brings together on the first data-parallel rank of each
-    shard; `peak` counts the padded copy that it makes of it.
+    `host` is what the ranks of a node copy from their GPUs, `host_most` what torch may take for it: it rounds blocks of
+    pinned memory up to powers of two.
     """
 
     stored: float
-    gathered: float
-    peak: float
+    shard: float
+    host: float
+    host_most: float
     stall: float
 
 
@@ -31,17 +32,18 @@ def save(sizes: ModelSizes, layout: Layout, precision: Precision, write: float) 
     Args:
         write: bytes a second that the file system takes from all nodes together.
     """
-    stored = gathered = 0.0
+    stored = most = 0.0
     for stage in stages(sizes, layout.pipeline):
-        dense = expert = 0.0
+        shard = 0.0
         for each in stage_parameters(sizes, stage):
             # The embedding is stored once, though the last stage may hold it too.
             if each.part == "embedding" and not stage.first:
                 continue
-            stored += each.number * (precision.optimizer + (4 if each.wide else precision.parameter))
-            state = precision.optimizer * each.local(layout.tensor, layout.expert * layout.expert_tensor)
-            dense, expert = (dense, expert + state) if each.spread == "expert" else (dense + state, expert)
-        # The first ranks of the groups are the first GPUs of a stage: their nodes hold these of every shard.
-        shards = min(GPUS_PER_NODE, layout.tensor), min(GPUS_PER_NODE, layout.expert * layout.expert_tensor)
-        gathered = max(gathered, dense * shards[0] + expert * shards[1])
-    return Save(stored, gathered, 2 * gathered, stored / write)
+            size = precision.optimizer + (4 if each.wide else precision.parameter)
+            stored += each.number * size
+            # Copies of weights are shared out among those that hold them; states have one owner anyway.
+            ranks = layout.expert_data if each.spread == "expert" else layout.data
+            shard += size * each.local(layout.tensor, layout.expert * layout.expert_tensor) / ranks
+        most = max(most, shard)
+    host = most * min(GPUS_PER_NODE, layout.gpus)
+    return Save(stored, most, host, 2 * host, stored / write)

@@ -46,7 +46,8 @@ def boxes_of_range(shape: Sequence[int], strides: Sequence[int], first: int, sta
     whole = range(max(0, -((first - start) // stride)), min(rows, (stop - extent - first) // stride + 1))
     boxes = []
     if whole:
-        boxes.append(Box((whole.start, *(0 for _ in row_shape)), (len(whole), *row_shape), first + whole.start * stride))
+        origin = (whole.start, *(0 for _ in row_shape))
+        boxes.append(Box(origin, (len(whole), *row_shape), first + whole.start * stride))
     for row in sorted({*touched[:1], *touched[-1:]} - {*whole[:1], *whole[-1:]}):
         inner = boxes_of_range(row_shape, row_strides, first + row * stride, start, stop)
         boxes += [Box((row, *box.offsets), (1, *box.lengths), box.first) for box in inner]

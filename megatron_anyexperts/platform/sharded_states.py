@@ -7,8 +7,8 @@ the states of all data-parallel ranks in the host memory of every one (of the fi
 `ShardedTensor.flattened_range`, which raises; `dp_reshardable` keeps buckets, so only data parallelism may change.
 
 Here the range is cut into boxes of the parameter (`flat_boxes`). They have the names and the whole shapes of
-`fully_reshardable`, so either reads the other's checkpoints: a chunk of a checkpoint says where it lies. A box is a view
-of the optimizer's own tensor; nothing is exchanged, and nothing is copied but what the writer takes.
+`fully_reshardable`, so either reads the other's checkpoints: a chunk of a checkpoint says where it lies. A box is a
+view of the optimizer's own tensor; nothing is exchanged, and nothing is copied but what the writer takes.
 """
 
 from __future__ import annotations
@@ -61,29 +61,23 @@ def stored_parts(stored: ShardedTensor | ShardedTensorFactory, replica_id: tuple
     return parts
 
 
-def _boxes(
-    name: str, state_N: torch.Tensor, start: int, parts: list[ShardedTensor]
-) -> Iterator[tuple[str, ShardedTensor]]:
+def _boxes(name: str, state_N: torch.Tensor, start: int, parts: list[ShardedTensor]) -> Iterator[ShardedTensor]:
     """What a checkpoint holds of elements `start` to `start + N` of a parameter's flat state."""
-    for index, part in enumerate(parts):
-        view = part.data
-        stop = start + state_N.numel()
+    stop = start + state_N.numel()
+    for part in parts:
+        view, added = part.data, part.prepend_axis_num
         for box in boxes_of_range(view.shape, view.stride(), view.storage_offset(), start, stop):
-            added = part.prepend_axis_num
-            shape = (1,) * added + box.lengths
-            strides = (1,) * added + view.stride()
-            data = state_N.as_strided(shape, strides, state_N.storage_offset() + box.first - start)
-            offset = tuple(a + b for a, b in zip(part.global_offset, (0,) * added + box.offsets, strict=True))
-            yield f"{name}.{index}.{box.first}", ShardedTensor(
+            shape, strides = (1,) * added + box.lengths, (1,) * added + view.stride()
+            offsets = zip(part.global_offset, (0,) * added + box.offsets, strict=True)
+            yield replace(
+                part,
                 key=f"optimizer.state.{name}.{part.key}",
-                data=data,
-                dtype=data.dtype,
+                data=state_N.as_strided(shape, strides, state_N.storage_offset() + box.first - start),
+                dtype=state_N.dtype,
                 local_shape=shape,
-                global_shape=part.global_shape,
-                global_offset=offset,
+                global_offset=tuple(whole + within for whole, within in offsets),
                 axis_fragmentations=None,  # boxes are no regular grid
-                replica_id=part.replica_id,
-                allow_shape_mismatch=part.allow_shape_mismatch,
+                prepend_axis_num=0,
             )
 
 
@@ -125,7 +119,11 @@ def sharded_states(
                 f"{stored.key}: states of {[len(state) for state in states.values()]} elements for a range of "
                 f"{len(range_)}: they belong to another parameter"
             )
-        boxes = dict(box for name, state in states.items() for box in _boxes(name, state, range_.start, parts))
+        boxes = {
+            f"{name}.{number}": box
+            for name, state in states.items()
+            for number, box in enumerate(_boxes(name, state, range_.start, parts))
+        }
         result[index] = {"boxes": boxes}
         if is_loading:
             views = {name: box.data for name, box in boxes.items()}

@@ -114,6 +114,9 @@ def check(args: argparse.Namespace) -> None:
     if args.use_distributed_optimizer:
         # The other format cannot change expert or pipeline parallelism on resume.
         args.dist_ckpt_optim_fully_reshardable = True
+        if args.distrib_optim_fully_reshardable_mem_efficient:
+            flag = "--distrib-optim-fully-reshardable-mem-efficient"
+            raise ValueError(f"{flag}: every rank saves and loads its own part alone; leave it out")
     elif (args.bf16 or args.fp16) and not (args.no_save_optim or args.anyexperts_stock_moe):
         # Megatron 0.19's other optimizer looks for the states of fp32 parameters among those of the 16-bit ones.
         raise ValueError(

@@ -35,6 +35,7 @@ def message(result) -> str:
         (("--anyexperts-rho-max", "1.5"), ["rho_max", "1.5"]),
         (("--data-path", "README.md", "LICENSE"), ["--data-path", "one Energon blend"]),
         (("--bf16", "--unset", "use-distributed-optimizer"), ["--bf16", "use-distributed-optimizer"]),
+        (("--distrib-optim-fully-reshardable-mem-efficient",), ["mem-efficient", "leave it out"]),
     ],
     ids=[
         "K_min above K_max",
@@ -46,6 +47,7 @@ def message(result) -> str:
         "share above 1",
         "two blends",
         "bf16 and the other optimizer",
+        "Megatron's gathered save",
     ],
 )
 def test_wrong_flags(corpus, tmp_path, flags, expected):

@@ -2,11 +2,14 @@
 
 import json
 import runpy
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_anyexperts.checks.plan_config import vocabulary_rows
 from megatron_anyexperts.commands.plan import main
 from tests.end_to_end.launch import ROOT
+from tests.feed.corpus import write_tokenizer
 
 LING = ["--config", "ling_mini_2_0_anyexperts", "--nodes", "8"]
 
@@ -28,6 +31,18 @@ def test_ling_on_64_gpus(capsys):
     assert speed["cost"] == pytest.approx(speed["days"] * 24 * 64 * 2)
     assert 0 < speed["mfu"] < 1 and answer["neighbours"] and answer["refused"]["does not fit"] > 0
     assert any("vocabulary" in note for note in answer["assumptions"])
+    page, saved = (ROOT / "docs/cluster.md").read_text(encoding="utf-8"), mine["save"]
+    assert f"step_seconds: {speed['step_seconds']:.0f}," in page
+    assert f"{saved['stored_gib']:.0f} GiB | a rank writes {saved['shard_gib']:.1f} GiB; a save takes " in page
+    assert f"takes {saved['host_gib']:.0f} to {saved['host_most_gib']:.0f} GiB of each node's host memory" in page
+
+
+def test_a_named_tokenizer_gives_the_rows_of_the_embedding(tmp_path):
+    write_tokenizer(tmp_path)
+    flags = {"make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 2, "padded_vocab_size": None}
+    args = SimpleNamespace(**flags, vocab_size=None, tokenizer_model=tmp_path)
+    assert vocabulary_rows(args, None) == (512, None)
+    assert vocabulary_rows(args, 513) == (768, None)
 
 
 def test_what_does_not_fit_ends_with_1(capsys):

@@ -85,10 +85,8 @@ class Trained:
 
     def elements(self, is_loading: bool) -> int:
         """Of the optimizer's states that a save writes or a load reads on this rank."""
-        states = self.sharded(is_loading)["optimizer"]
-        return sum(
-            each.data.numel() for each in nested_values(states) if isinstance(each, ShardedTensor | ShardedTensorFactory)
-        )
+        states = nested_values(self.sharded(is_loading)["optimizer"])
+        return sum(each.data.numel() for each in states if isinstance(each, ShardedTensor | ShardedTensorFactory))
 
     def save(self, folder) -> None:
         folder.mkdir(exist_ok=True)
