@@ -5,11 +5,10 @@
 Real training runs of two sizes over two and four data-parallel ranks on CPU, in bf16 with the distributed optimizer.
 Each saves after every step and reads its checkpoint back at once. A rank's peak is the kernel's (VmHWM, set back
 before) over what was resident before; the median over steps, of the rank that needs most. A shard is what that rank
-wrote; `planned` is what `anyexperts plan` says of it.
+wrote; `planned` is what `anyexperts plan` says of it. Megatron's four ranks of the large size need 16 GB.
 
-Megatron's `fully_reshardable` is this tree without two repairs. On CPU its peak counts what ranks exchange, of one
-bucket at a time, which on a GPU is device memory. Device memory is host memory here: a save on a GPU also has its
-copy of the shard in pinned memory, whose blocks torch rounds up to powers of two, so less than twice the shard.
+Megatron's `fully_reshardable` is this tree without two repairs. Its peak counts what ranks exchange, of one bucket at a
+time, which on a GPU is device memory.
 """
 
 import argparse
