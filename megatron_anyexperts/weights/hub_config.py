@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,8 @@ NEEDED = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False}
 ENCODERS = {"vision": ("patch_size", "spatial_merge"), "audio": ("n_mels", "audio_stride")}
 """Encoders, and the flags of what each reads."""
 ENCODER_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads")
+LATENT = {"query_rank": "q_lora_rank", "rank": "kv_lora_rank", "plain": "qk_head_dim", "value": "v_head_dim"}
+
 _LIMITS = ("data_image_min_patches", "data_image_max_patches", "data_audio_max_seconds")
 
 _READ = {
@@ -54,13 +57,14 @@ _READ = {
     *("use_rope_scaling", "rope_scaling_factor", "rotary_scaling_factor", "mscale", "mscale_all_dim"),
     *("yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow"),
     "yarn_correction_range_round_to_int",
+    *("multi_latent_attention", "rope_type", *LATENT.values(), "qk_pos_emb_head_dim"),
     *(f"{kind}_{size}" for kind in ENCODERS for size in ENCODER_SIZES),
     *(name for names in ENCODERS.values() for name in names),
 }
 _IDLE = {
     # Counted from the pattern, or of attention that the pattern does not have.
-    *("num_layers", "encoder_num_layers", "is_hybrid_model", "add_position_embedding", "mtp_num_layers", "rope_type"),
-    *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "moe_layer_freq"),
+    *("num_layers", "encoder_num_layers", "is_hybrid_model", "add_position_embedding", "mtp_num_layers"),
+    "moe_layer_freq",
     *("mtp_use_repeated_layer", "mtp_hybrid_override_pattern", "relative_attention_num_buckets"),
     "relative_attention_max_distance",
 }
@@ -93,6 +97,8 @@ def hub_config(settings: Mapping[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": settings.get("max_position_embeddings") or settings["seq_length"],
         "rope_parameters": _rope(settings),
     }
+    if settings["multi_latent_attention"]:
+        found |= _latent(settings)
     for kind, geometry in ENCODERS.items():
         if settings[f"{kind}_num_layers"]:
             sizes = {name: settings[f"{kind}_{name}"] for name in ENCODER_SIZES}
@@ -138,6 +144,24 @@ def _mixture(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _latent(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What multi-latent attention has instead; Megatron's has positions and a scale of its own."""
+    rotated, factor = settings["qk_pos_emb_head_dim"], settings["rotary_scaling_factor"]
+    concentration = 1.0 if factor <= 1 else 0.1 * settings["mscale_all_dim"] * math.log(factor) + 1.0
+    latent = {name: settings[flag] for name, flag in LATENT.items()}
+    latent["scaling"] = concentration**2 / math.sqrt(latent["plain"] + rotated)
+    rope = {"rope_type": "default", "rope_theta": float(settings["rotary_base"])}
+    if settings["rope_type"] == "rope":
+        rope["partial_rotary_factor"] = settings["rotary_percent"]
+    else:
+        own = {"yarn_original_max_position_embeddings": None, "yarn_correction_range_round_to_int": True}
+        own["yarn_original_max_position_embeddings"] = settings["yarn_original_max_position_embeddings"] or 4096
+        rope = _rope({**settings, **own, "position_embedding_type": "yarn", "rotary_percent": 1.0})
+    return {"head_dim": rotated, "num_key_value_heads": settings["num_attention_heads"], "latent": latent} | {
+        "rope_parameters": rope
+    }
+
+
 def _rope(settings: Mapping[str, Any]) -> dict[str, Any]:
     found = {"rope_type": "default", "rope_theta": float(settings["rotary_base"])}
     found["partial_rotary_factor"] = settings["rotary_percent"]
@@ -168,7 +192,7 @@ def _refuse_others(settings: Mapping[str, Any]) -> None:
     }
     wrong = {name: settings[name] for name in checked if settings[name] not in (None, identity.default(name))}
     wrong |= {name: settings[name] for name, value in NEEDED.items() if settings[name] != value}
-    letters = set(settings["hybrid_layer_pattern"].split("/")[0]) - set("*-E|")
+    letters = set(settings["hybrid_layer_pattern"].split("/")[0]) - set("*+-E|")
     if letters:
         wrong["hybrid_layer_pattern"] = settings["hybrid_layer_pattern"]
     if settings["position_embedding_type"] not in ("rope", "yarn"):

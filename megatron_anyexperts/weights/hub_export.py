@@ -23,7 +23,7 @@ from megatron_anyexperts.weights.export import refuse_tokenizer, save_groups
 from megatron_anyexperts.weights.hub_config import hub_config, processor_config
 from megatron_anyexperts.weights.released import copy_tokenizer
 
-CODE = tuple(f"{name}_anyexperts.py" for name in ("configuration", "modeling", "routing", "encoders"))
+CODE = tuple(f"{name}_anyexperts.py" for name in ("configuration", "modeling", "attention", "routing", "encoders"))
 _PROCESSOR = "processing_anyexperts.py"
 _CLASSES = {
     "AutoConfig": "configuration_anyexperts.AnyExpertsConfig",
@@ -38,10 +38,11 @@ _NAMES = (
     (r"^language_model\.decoder\.final_norm\.", "model.norm."),
     (r"^language_model\.decoder\.", "model."),
     (r"\.(self_attention\.linear_qkv|mlp\.linear_fc1)\.layer_norm_weight$", ".norm.weight"),
-    (r"\.pre_mlp_layernorm\.", ".norm."),
+    (r"\.(pre_mlp|input)_layernorm\.", ".norm."),
     (r"\.self_attention\.linear_qkv\.", ".self_attn.qkv_proj."),
     (r"\.self_attention\.linear_proj\.", ".self_attn.o_proj."),
-    (r"\.self_attention\.([qk])_layernorm\.", r".self_attn.\1_norm."),
+    (r"\.self_attention\.linear_(\w+)_proj\.", r".self_attn.\1_proj."),
+    (r"\.self_attention\.(q|k|kv)_layernorm\.", r".self_attn.\1_norm."),
     (r"\.experts\.experts\.linear_fc1\.weight$", ".experts.gate_up_proj"),
     (r"\.experts\.experts\.linear_fc2\.weight$", ".experts.down_proj"),
     (r"^(model\.(?:vision|audio)\..*)\.linear_fc1\.", r"\1.up_proj."),

@@ -6,6 +6,9 @@ from transformers import PretrainedConfig
 
 from .slots import virtual_cap
 
+ATTENTION = "*+"
+"""Letters of the pattern that stand for attention."""
+
 
 class AnyExpertsConfig(PretrainedConfig):
     """Sizes and settings; an export writes all of them.
@@ -14,7 +17,11 @@ class AnyExpertsConfig(PretrainedConfig):
     `anyexperts_rho_max`.
 
     Args:
-        layer_pattern: one letter a layer: `*` attention, `-` dense MLP, `E` mixture of experts.
+        layer_pattern: one letter a layer: `*` attention, `+` multi-latent attention, `-` dense MLP, `E` mixture of
+            experts.
+        head_dim: width of a head, of its rotated part in multi-latent attention.
+        latent: of multi-latent attention: `query_rank` (None for no latent of queries), `rank`, width of a head's part
+            without positions (`plain`) and of its values (`value`), and `scaling` of the scores.
         qk_norm: norm of queries and keys: "none", over each "head", or over "all" heads together.
         rope_parameters: as transformers 5 has them.
         vision_encoder, audio_encoder: sizes, by the flags of megatron-anyexperts without prefix; None for no encoder.
@@ -36,6 +43,7 @@ class AnyExpertsConfig(PretrainedConfig):
         num_attention_heads: int = 4,
         num_key_value_heads: int = 2,
         head_dim: int = 16,
+        latent: dict[str, Any] | None = None,
         qk_norm: str = "none",
         attention_bias: bool = False,
         rms_norm_eps: float = 1e-5,
@@ -76,7 +84,7 @@ class AnyExpertsConfig(PretrainedConfig):
             setattr(self, name, value)
         self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         # What caches ask for: they hold keys and values of attention layers alone.
-        others["num_hidden_layers"] = layer_pattern.count("*")
+        others["num_hidden_layers"] = sum(map(layer_pattern.count, ATTENTION))
         super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
 
     @property

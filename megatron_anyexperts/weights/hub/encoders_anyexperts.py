@@ -8,22 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from .attention_anyexperts import RMSNorm
+
 _FREQUENCIES = 16
 _LONGEST_WAVE = 10_000.0
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in fp32; `heads` of them together where given."""
-
-    def __init__(self, size: int, eps: float, heads: int = 1):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size * heads))
-        self.eps, self.together = eps, heads > 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(-2) if self.together else x
-        normed = functional.rms_norm(flat.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-        return normed.view_as(x)
 
 
 class MLP(nn.Module):

@@ -9,11 +9,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_anyexperts import AnyExpertsConfig
-from .encoders_anyexperts import AudioEncoder, RMSNorm, VisionEncoder
+from .attention_anyexperts import Attention, LatentAttention, RMSNorm, Rotary
+from .configuration_anyexperts import ATTENTION, AnyExpertsConfig
+from .encoders_anyexperts import AudioEncoder, VisionEncoder
 from .routing_anyexperts import GatedMLP, MixtureOfExperts
 
 
@@ -30,80 +29,6 @@ class AnyExpertsOutput(CausalLMOutputWithPast):
     importance: Tensor | None = None
 
 
-class Rotary:
-    """Rotary positions, scaled or not; holds no tensor of the model."""
-
-    def __init__(self, config: AnyExpertsConfig):
-        self.config = config
-
-    def __call__(self, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, [B, S, rotated width]."""
-        settings = self.config.rope_parameters
-        kind, scale = settings.get("rope_type", "default"), 1.0
-        if kind == "default":
-            width = int(self.config.head_dim * settings.get("partial_rotary_factor", 1.0))
-            steps = torch.arange(0, width, 2, dtype=torch.float32, device=positions_BS.device)
-            frequencies = 1.0 / (settings["rope_theta"] ** (steps / width))
-        else:
-            frequencies, scale = ROPE_INIT_FUNCTIONS[kind](self.config, positions_BS.device)
-        angles = positions_BS.unsqueeze(-1).float() * frequencies
-        angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
-
-
-def rotate(x_BNSD: Tensor, cos_BSR: Tensor, sin_BSR: Tensor) -> Tensor:
-    """Turn the first R values of each head."""
-    width = cos_BSR.shape[-1]
-    turned, rest = x_BNSD[..., :width], x_BNSD[..., width:]
-    first, second = turned.chunk(2, dim=-1)
-    half = torch.cat((-second, first), dim=-1)
-    return torch.cat((turned * cos_BSR.unsqueeze(1) + half * sin_BSR.unsqueeze(1), rest), dim=-1)
-
-
-class Attention(nn.Module):
-    """Causal attention with grouped queries; queries, key and value of a group are neighbours in one matrix."""
-
-    is_causal = True
-
-    def __init__(self, config: AnyExpertsConfig, layer_idx: int):
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.num_key_value_groups, self.scaling = heads // groups, width**-0.5
-        self.qkv_proj = nn.Linear(config.hidden_size, (heads + 2 * groups) * width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=False)
-        self.q_norm = self.k_norm = None
-        if config.qk_norm != "none":
-            together = config.qk_norm == "all"
-            self.q_norm = RMSNorm(width, config.rms_norm_eps, heads if together else 1)
-            self.k_norm = RMSNorm(width, config.rms_norm_eps, groups if together else 1)
-
-    def forward(
-        self, hidden_BSH: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None, **kwargs
-    ) -> Tensor:
-        config, shape = self.config, hidden_BSH.shape[:2]
-        grouped = self.qkv_proj(hidden_BSH).view(*shape, config.num_key_value_heads, -1, config.head_dim)
-        query, key, value = grouped.split((self.num_key_value_groups, 1, 1), dim=3)
-        query, key, value = query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
-        if self.q_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        query, key = rotate(query, *rotation), rotate(key, *rotation)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation, eager_attention)
-        context, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return self.o_proj(context.reshape(*shape, -1))
-
-
-def eager_attention(module: nn.Module, query, key, value, mask, scaling: float, **_) -> tuple[Tensor, Tensor]:
-    """Attention with its weights; all [B, heads, S, D], the result [B, S, heads, D]."""
-    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling
-    weights = torch.softmax(scores if mask is None else scores + mask, dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2), weights
-
-
 class Layer(nn.Module):
     """One letter of the pattern: x + f(norm(x))."""
 
@@ -111,8 +36,9 @@ class Layer(nn.Module):
         super().__init__()
         self.kind = config.layer_pattern[place]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if self.kind == "*":
-            self.self_attn = Attention(config, config.layer_pattern[:place].count("*"))
+        if self.kind in ATTENTION:
+            before = sum(map(config.layer_pattern[:place].count, ATTENTION))
+            self.self_attn = (Attention if self.kind == "*" else LatentAttention)(config, before)
         elif self.kind == "-":
             self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
         else:
@@ -194,7 +120,7 @@ class AnyExpertsModel(AnyExpertsPreTrainedModel):
         importance, slots = [], []
         for layer in self.layers:
             normed_BSH = layer.norm(hidden_BSH)
-            if layer.kind == "*":
+            if layer.kind in ATTENTION:
                 update_BSH = layer.self_attn(normed_BSH, rotation, mask, past_key_values, **kwargs)
             elif layer.kind == "-":
                 update_BSH = layer.mlp(normed_BSH)

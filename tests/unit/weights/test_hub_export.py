@@ -28,6 +28,10 @@ from tests.unit.weights.trained_models import VOCABULARY, tokenizer, trained
 FP32 = {"rtol": 1e-4, "atol": 1e-5}
 TOKENS = torch.randint(20, VOCABULARY - 20, (1, 40), generator=torch.Generator().manual_seed(1))
 DYNAMIC = {"anyexperts-k-min": 1, "anyexperts-k-max": 4, "anyexperts-alpha": 0.2}
+LATENT = {"multi-latent-attention": True, "hybrid-layer-pattern": "+-+E+E", "kv-lora-rank": 16, "qk-head-dim": 12} | {
+    **{"qk-pos-emb-head-dim": 8, "v-head-dim": 10, "qk-layernorm": True},
+    **{"group-query-attention": None, "num-query-groups": None, "kv-channels": None},
+}
 MODELS = {
     "static": {},
     "static, fused": {"anyexperts-alpha": 0.3, "moe-router-pre-softmax": True, "add-qkv-bias": True},
@@ -49,6 +53,13 @@ MODELS = {
     | {"vision-num-layers": 2, "vision-hidden-size": 16, "vision-ffn-hidden-size": 40, "vision-num-heads": 2}
     | {"vision-patch-size": 2, "audio-num-layers": 1, "audio-hidden-size": 24, "audio-ffn-hidden-size": 56}
     | {"audio-num-heads": 2, "audio-n-mels": 5, "audio-stride": 4, "qk-layernorm": True},
+    "latent": DYNAMIC | LATENT | {"rope-type": "rope"},
+    "latent queries, yarn": DYNAMIC
+    | LATENT
+    | {"q-lora-rank": 20, "rope-type": "yarn", "rotary-scaling-factor": 4.0, "mscale": 0.707, "mscale-all-dim": 0.8}
+    | {"yarn-original-max-position-embeddings": 16, "yarn-beta-fast": 16.0, "yarn-beta-slow": 1.0},
+    "yarn": {"position-embedding-type": "yarn", "rotary-scaling-factor": 4.0, "yarn-beta-fast": 32.0}
+    | {"yarn-original-max-position-embeddings": 32, "yarn-beta-slow": 1.0, "qk-layernorm": True},
     "stock": {"anyexperts-stock-moe": True, "group-query-attention": None, "num-query-groups": None},
 }  # fmt: skip
 
@@ -237,6 +248,20 @@ def test_bf16_keeps_its_bits_and_importance_in_fp32(world, tokens, tmp_path):
     assert kinds["importance.down"] == kinds["router.slot_offset"] == torch.float32
     assert kinds["experts.down_proj"] == torch.bfloat16
     assert model(TOKENS).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_prediction_layers_are_left_out_aloud(world, tokens, tmp_path, capsys):
+    flags = {"hybrid-layer-pattern": "*E*E/*E", "mtp-num-layers": 1}
+    ours = trained(tmp_path / "run", tokens, flags)
+    export_own(tmp_path / "run", tokens, tmp_path / "out")
+    held = sum("mtp" in key for key in CheckpointReader(tmp_path / "run").tensors)
+    assert f"left out, since transformers does not predict several tokens at a time: {held} tensors" in (
+        capsys.readouterr().out
+    )
+    there = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    here = ours(TOKENS, torch.arange(TOKENS.shape[1])[None])
+    torch.testing.assert_close(there(TOKENS).logits, here, **FP32)
 
 
 @pytest.mark.parametrize(
