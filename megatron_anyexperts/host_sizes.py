@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import batched, pairwise
 
 import numpy as np
 
 from megatron_anyexperts.media import AUDIO, VISION_CODES
 
 Grid = tuple[int, int, int]
+Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -17,16 +18,21 @@ class HostSizes:
     """Whole numbers by which shapes, splits and borders are set.
 
     Attributes:
-        documents: of each row, the lengths of its documents in order, padding as one more.
+        documents: of each row, the lengths of its documents in order, padding as one more. Of a row that is cut over
+            context-parallel ranks those of the whole row, see `row_cut`.
         grids: frames, height and width in patches of each image or video.
         clips: frames of each audio clip.
         placeholders: tokens that stand for vision and for audio features.
+        first_frames: which frame of its video each grid begins with; empty where all begin with the first.
+        taken: which of the features of vision and of audio stand for tokens, as ranges; None: all.
     """
 
     documents: tuple[tuple[int, ...], ...] = ()
     grids: tuple[Grid, ...] = ()
     clips: tuple[int, ...] = ()
     placeholders: tuple[int, int] = (0, 0)
+    first_frames: tuple[int, ...] = ()
+    taken: tuple[Ranges, Ranges] | None = None
 
     @classmethod
     def of(
@@ -47,22 +53,24 @@ class HostSizes:
 
     def to_list(self) -> list[int]:
         """As one list of numbers, for a message."""
-        counts = [len(self.documents), len(self.grids), len(self.clips), *self.placeholders]
-        rows = [number for row in self.documents for number in (len(row), *row)]
-        return [*counts, *rows, *(number for grid in self.grids for number in grid), *self.clips]
+        lists = [*self.documents, *self.grids, self.clips, self.placeholders, self.first_frames]
+        if self.taken is not None:
+            lists += [[place for pair in ranges for place in pair] for ranges in self.taken]
+        counts = [len(self.documents), len(self.grids), int(self.taken is not None)]
+        return [*counts, *(number for each in lists for number in (len(each), *each))]
 
     @classmethod
     def from_list(cls, numbers: list[int]) -> HostSizes:
         """The sizes whose `to_list` this is; what follows it is not read."""
-        rows, images, clips, vision, audio = numbers[:5]
-        documents, start = [], 5
-        for _ in range(rows):
+        rows, images, cut = numbers[:3]
+        lists, start = [], 3
+        for _ in range(rows + images + 3 + 2 * cut):
             end = start + 1 + numbers[start]
-            documents.append(tuple(numbers[start + 1 : end]))
+            lists.append(tuple(numbers[start + 1 : end]))
             start = end
-        middle = start + 3 * images
-        grids = tuple(tuple(numbers[place : place + 3]) for place in range(start, middle, 3))
-        return cls(tuple(documents), grids, tuple(numbers[middle : middle + clips]), (vision, audio))
+        clips, placeholders, first_frames, *flat = lists[rows + images :]
+        taken = tuple(tuple(batched(each, 2)) for each in flat) if cut else None
+        return cls(tuple(lists[:rows]), tuple(lists[rows : rows + images]), clips, placeholders, first_frames, taken)
 
 
 def _runs(row: np.ndarray) -> tuple[int, ...]:

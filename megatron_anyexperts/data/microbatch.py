@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from megatron_anyexperts.host_sizes import HostSizes
+from megatron_anyexperts.media import PAD
 
 ALIGNMENT = 16
 """Bytes; at least the largest item of a field."""
@@ -53,6 +54,9 @@ FIELDS: dict[str, Field] = {
     "audio_lengths": Field(torch.int32, "M", "frames of a clip"),
 }
 """In the order in which they lie in the buffer."""
+
+PADDING = {"token_modality": PAD, "sample_modality": PAD}
+"""What a place without a token holds where that is not 0; `tokens` and `labels` may hold any id there."""
 
 TRAINING_INPUTS = tuple(name for name in FIELDS if name != "sample_modality")
 """What `MultimodalModel` takes to return losses."""

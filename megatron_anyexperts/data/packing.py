@@ -4,9 +4,9 @@ import hashlib
 
 import numpy as np
 
-from megatron_anyexperts.data.microbatch import FIELDS
+from megatron_anyexperts.data.microbatch import FIELDS, PADDING
 from megatron_anyexperts.data.samples import Planned
-from megatron_anyexperts.media import PAD, MediaShape
+from megatron_anyexperts.media import MediaShape
 
 
 def pack_rows(sizes: list[tuple[int, ...]], limits: tuple[int, ...]) -> list[list[int]]:
@@ -51,7 +51,7 @@ def assemble_row(samples: list[Planned], seq_length: int, shape: MediaShape, pad
     """Lay decoded samples side by side in one row of a microbatch (see `microbatch.FIELDS`), padded to `seq_length`."""
     if (needed := sum(sample.size[0] for sample in samples)) > seq_length:
         raise ValueError(f"samples of {needed} positions do not fit a row of {seq_length}")
-    padding = {"tokens": pad_id, "labels": pad_id, "token_modality": PAD, "sample_modality": PAD}
+    padding = PADDING | {"tokens": pad_id, "labels": pad_id}
     arrays = {
         name: np.full(seq_length, padding.get(name, 0), field.numpy)
         for name, field in FIELDS.items()

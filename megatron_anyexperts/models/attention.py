@@ -18,6 +18,9 @@ class SDPACoreAttention(torch.nn.Module):
     Grouped queries, a boolean mask (true means masked), causal masks with or without cached keys, dropout and a
     custom softmax scale are supported; values may have another width than keys. It owns no parameters.
 
+    Under context parallelism each rank attends from its own tokens to those of all ranks, whose keys and values are
+    gathered; the gradients of a rank's keys and values are the sum of what all ranks found.
+
     Raises:
         ValueError: a setting that only Transformer Engine's attention implements.
     """
@@ -37,7 +40,6 @@ class SDPACoreAttention(torch.nn.Module):
     ):
         super().__init__()
         unsupported = {
-            "context_parallel_size": config.context_parallel_size > 1,
             "window_size": config.window_size is not None,
             "softmax_type": config.softmax_type != "vanilla",
         }
@@ -52,6 +54,7 @@ class SDPACoreAttention(torch.nn.Module):
         if config.apply_query_key_layer_scaling:
             self.softmax_scale /= max(1, layer_number)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -66,18 +69,28 @@ class SDPACoreAttention(torch.nn.Module):
         """Attend.
 
         Args:
-            query: [Sq, B, heads, D].
+            query: [Sq, B, heads, D]; without B where rows are packed for context parallelism.
             key, value: [Sk, B, groups, D]; `groups` divides `heads`.
             attention_mask: bool, broadcastable to [B, heads, Sq, Sk], true where attention is forbidden. It replaces
                 the causal mask, so it has to contain it. A row without any allowed key has no defined result.
             attn_mask_type: not used; Megatron passes `no_mask` for queries behind a cache, on the assumption that there
                 is only one, whereas the type given at construction is right for any number.
+            packed_seq_params: not read; the mask of `attention_inputs.cut_documents` says as much. Only with context
+                parallelism.
 
         Returns:
             [Sq, B, heads * D].
         """
-        if packed_seq_params is not None or attention_bias is not None:
-            raise ValueError("packed sequences and attention biases need Transformer Engine's attention")
+        if attention_bias is not None or (packed_seq_params is None) != (self.cp_group is None):
+            raise ValueError(
+                "attention biases, and packed sequences without context parallelism, need Transformer Engine's attention"
+            )
+        if self.cp_group is not None:
+            query = query.unsqueeze(1)
+            key, value = (
+                tensor_parallel.gather_from_sequence_parallel_region(x.unsqueeze(1).contiguous(), group=self.cp_group)
+                for x in (key, value)
+            )
         queries, keys = query.size(0), key.size(0)
         is_causal = attention_mask is None and self.attn_mask_type == AttnMaskType.causal and queries > 1
         allowed = None if attention_mask is None else ~attention_mask

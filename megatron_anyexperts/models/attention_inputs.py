@@ -4,20 +4,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_anyexperts.host_sizes import HostSizes
 from megatron_anyexperts.models.to_device import to_device
+from megatron_anyexperts.row_cut import held_places
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Exactly one of the two is set, after the implementation of attention."""
+    """Exactly one of the two is set, after the implementation of attention; `local` has both for rows that are cut."""
 
     attention_mask: Tensor | None = None
-    """bool [B, 1, S, S], true where attention is forbidden (`local`)."""
+    """bool [B, 1, queries, keys], true where attention is forbidden (`local`)."""
     packed_seq_params: PackedSeqParams | None = None
     """Document borders for variable-length kernels (`transformer_engine`)."""
 
@@ -41,6 +43,27 @@ def attention_inputs(
     if transformer_engine:
         return AttentionInputs(packed_seq_params=packed_documents(segment_ids_BS, documents))
     return AttentionInputs(attention_mask=document_mask(segment_ids_BS))
+
+
+def cut_documents(
+    lengths: Sequence[int], transformer_engine: bool, group: torch.distributed.ProcessGroup, device: torch.device
+) -> AttentionInputs:
+    """The same for one rank's part of a row that is cut over context-parallel ranks.
+
+    What a document was padded with is part of it here: it comes last, so that no token attends to it.
+
+    Args:
+        lengths: of the documents of the whole row, which 2 x ranks divides; see `row_cut`.
+        group: context-parallel group.
+    """
+    packed = packed_lengths(lengths, device)
+    if transformer_engine:
+        return AttentionInputs(packed_seq_params=packed)
+    places = held_places(lengths, group.size())
+    document_S = np.repeat(np.arange(len(lengths)), lengths)
+    queries_Q1, keys_K = places[group.rank()][:, None], places.flatten()  # keys are gathered rank by rank
+    forbidden_QK = (document_S[queries_Q1] != document_S[keys_K]) | (keys_K > queries_Q1)
+    return AttentionInputs(to_device(torch.from_numpy(forbidden_QK)[None, None], device), packed)
 
 
 def document_mask(segment_ids_BS: Tensor) -> Tensor:

@@ -131,15 +131,26 @@ def refuse_unsupported(pattern: str | None, config: AnyExpertsConfig) -> None:
         )
     refuse_half_latent(pattern, config.multi_latent_attention)
     if config.context_parallel_size > 1:
-        raise ValueError(
-            f"context_parallel_size={config.context_parallel_size}: the features of images and audio are not split "
-            "over context-parallel ranks; use tensor and sequence parallelism for long sequences"
-        )
+        _refuse_uncut(pattern, config)
     if (config.mtp_num_layers or 0) > 1 and config.transformer_impl == "local":
         raise ValueError(
             f"mtp_num_layers={config.mtp_num_layers}: without packed sequences only one prediction layer "
             "keeps documents apart; use 1, or --transformer-impl transformer_engine"
         )
+
+
+def _refuse_uncut(pattern: str, config: AnyExpertsConfig) -> None:
+    """Refuse what cannot be split over context-parallel ranks."""
+    ways = config.cp_comm_type if isinstance(config.cp_comm_type, list) else [config.cp_comm_type or "p2p"]
+    reasons = {
+        f"mtp_num_layers={config.mtp_num_layers}: Megatron-Core 0.19.2 weighs a rank's prediction loss by the targets "
+        "of that rank alone, so it would depend on how rows are cut": bool(config.mtp_num_layers),
+        f"hybrid_layer_pattern={pattern!r}: only the layers *, - and E are cut": bool(set(pattern) - set("*-E|")),
+        "hybrid_context_parallel: it brings a schedule and batches of its own": config.hybrid_context_parallel,
+        f"cp_comm_type={config.cp_comm_type}: packed rows go by p2p": set(ways) != {"p2p"},
+    }
+    if found := [reason for reason, refused in reasons.items() if refused]:
+        raise ValueError(f"context_parallel_size={config.context_parallel_size} with {found[0]}; leave one of them out")
 
 
 def refuse_fp8_rows(seq_length: int, micro_batch_size: int, config: AnyExpertsConfig) -> None:

@@ -11,9 +11,9 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_anyexperts.host_sizes import HostSizes
+from megatron_anyexperts.host_sizes import HostSizes, Ranges
 from megatron_anyexperts.media import AUDIO, VISION_CODES
-from megatron_anyexperts.models.attention_inputs import AttentionInputs, attention_inputs
+from megatron_anyexperts.models.attention_inputs import AttentionInputs, attention_inputs, cut_documents
 from megatron_anyexperts.models.audio import AudioEncoder
 from megatron_anyexperts.models.specs import uses_transformer_engine
 from megatron_anyexperts.models.vision import VisionEncoder
@@ -131,7 +131,8 @@ class MultimodalModel(MegatronModule):
             image_grids: int [N, 3] patch grids (t, h, w); may be empty or None.
             audio_features: see `AudioEncoder.forward`; may be empty or None.
             audio_lengths: int [M] frames of each clip; may be empty or None.
-            sizes: of these inputs; None: counted here, for which a GPU is waited for.
+            sizes: of these inputs; None: counted here, for which a GPU is waited for. Under context parallelism those
+                of `data.context_cut.cut`, whose part of a row all of these inputs then are.
             inference_context: cache of keys and values for decoding.
             runtime_gather_output: gather the logits of all tensor-parallel ranks.
 
@@ -139,8 +140,15 @@ class MultimodalModel(MegatronModule):
             Losses [B, S] in fp32, or logits [B, S, V / tp]; on earlier pipeline stages the hidden states.
 
         Raises:
-            ValueError: placeholders and features differ in number, or there is no encoder for the input.
+            ValueError: placeholders and features differ in number, or there is no encoder for the input; a row that
+                is not cut under context parallelism.
         """
+        cp = self.pg_collection.cp
+        if cp.size() > 1 and (sizes is None or segment_ids is None or sizes.taken is None):
+            raise ValueError(
+                f"context_parallel_size={cp.size()}: the model takes one rank's part of a row with its sizes, as "
+                "data.context_cut.cut makes them"
+            )
         if sizes is None:
             counted = (segment_ids, token_modality, image_grids, audio_lengths)
             sizes = HostSizes.of(*(None if each is None else each.cpu().numpy() for each in counted))
@@ -148,15 +156,19 @@ class MultimodalModel(MegatronModule):
         if self.pre_process:
             modality = torch.zeros_like(tokens, dtype=torch.int8) if token_modality is None else token_modality
             vision, audio = sizes.placeholders
+            grids, seen, heard = (sizes.grids, sizes.first_frames), *(sizes.taken or (None, None))
             features = [
-                _encode("vision", self.vision, modality, VISION_CODES, image_patches, sizes.grids, vision),
-                _encode("audio", self.audio, modality, (AUDIO,), audio_features, sizes.clips, audio),
+                _encode("vision", self.vision, modality, VISION_CODES, image_patches, grids, seen, vision),
+                _encode("audio", self.audio, modality, (AUDIO,), audio_features, (sizes.clips,), heard, audio),
             ]
             embedded = self.language_model.embedding(input_ids=tokens, position_ids=position_ids)
             decoder_input = self._fill(embedded, [found for found in features if found is not None])
         attention, self._padding_mask_BS = AttentionInputs(), None
         if segment_ids is not None:
-            attention = attention_inputs(segment_ids, self.transformer_engine, sizes.documents)
+            if cp.size() > 1:
+                attention = cut_documents(sizes.documents[0], self.transformer_engine, cp, segment_ids.device)
+            else:
+                attention = attention_inputs(segment_ids, self.transformer_engine, sizes.documents)
             self._padding_mask_BS = self._padding_mask(segment_ids, loss_mask)
             if loss_mask is not None and attention.packed_seq_params is None:
                 loss_mask = within_documents(loss_mask, segment_ids)
@@ -182,7 +194,7 @@ class MultimodalModel(MegatronModule):
         """
         padding_BS = segment_ids_BS == 0
         if not self.config.anyexperts_stock_moe:
-            return token_weights(padding_BS, loss_mask_BS)
+            return token_weights(padding_BS, loss_mask_BS, self.pg_collection.cp)
         if self.config.moe_router_enable_expert_bias:
             return None  # Megatron-Core 0.19.2 cannot combine the two: a shape error in TopKRouter._apply_expert_bias
         return self._local_part(padding_BS, dim=1)
@@ -226,7 +238,8 @@ def _encode(
     modality_BS: Tensor,
     codes: tuple[int, ...],
     values: Tensor | None,
-    sizes: tuple,
+    sizes: tuple[tuple, ...],
+    taken: Ranges | None,
     placeholders: int,
 ) -> tuple[Tensor, Tensor] | None:
     """Where one kind of placeholder is, bool [B, S], and its features [placeholders, H]; None if there is nothing.
@@ -234,15 +247,21 @@ def _encode(
     Without any input an encoder still runs in training, on its smallest one, of which no row is used: overlapped
     gradient reduction waits for a gradient of every parameter in every microbatch, and delayed FP8 scaling for the same
     number of reductions on every rank.
+
+    Args:
+        sizes: what the encoder takes behind `values`, first the sizes of the inputs.
+        taken: see `HostSizes.taken`.
     """
     is_kind_BS = functools.reduce(torch.logical_or, (modality_BS == code for code in codes))
-    if sizes:
+    if sizes[0]:
         if encoder is None:
             raise ValueError(
-                f"the batch holds {len(sizes)} {name} inputs, but the model has no {name} encoder: "
+                f"the batch holds {len(sizes[0])} {name} inputs, but the model has no {name} encoder: "
                 f"set --{name}-num-layers above 0, or leave such samples out of the data"
             )
-        features_TH = encoder(values, sizes)
+        features_TH = encoder(values, *sizes)
+        if taken is not None:
+            features_TH = torch.cat([features_TH[start:stop] for start, stop in taken])
     elif encoder is not None and torch.is_grad_enabled() and _takes_part(encoder):
         features_TH = encoder(*encoder.smallest_input(modality_BS.device))[:0]
     else:

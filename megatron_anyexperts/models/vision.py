@@ -14,12 +14,15 @@ from megatron_anyexperts.models.specs import build_projector
 from megatron_anyexperts.models.to_device import to_device
 
 
-def merged_layout(grids: Sequence[Sequence[int]], merge: int) -> tuple[Tensor, Tensor, list[int]]:
+def merged_layout(
+    grids: Sequence[Sequence[int]], merge: int, first_frames: Sequence[int] = ()
+) -> tuple[Tensor, Tensor, list[int]]:
     """Order in which the patches that become one token are neighbours.
 
     Args:
         grids: the patch grid (t, h, w) of each image or video.
         merge: patches along each side of a token; divides h and w.
+        first_frames: the frame of its video that each grid begins with; empty for 0.
 
     Returns:
         order_P: int64 [P], where to find each patch in row-major (t, h, w) order of the concatenated grids.
@@ -27,11 +30,11 @@ def merged_layout(grids: Sequence[Sequence[int]], merge: int) -> tuple[Tensor, T
         frame_lengths: patches of every frame, in order; attention stays inside a frame.
     """
     orders, positions, frame_lengths, start = [], [], [], 0
-    for t, h, w in grids:
+    for (t, h, w), first in zip(grids, first_frames or [0] * len(grids), strict=True):
         grid = torch.arange(t * h * w).view(t, h // merge, merge, w // merge, merge)
         order = grid.transpose(2, 3).flatten()
         orders.append(order + start)
-        positions.append(torch.stack([order // (h * w), order // w % h, order % w], dim=1))
+        positions.append(torch.stack([first + order // (h * w), order // w % h, order % w], dim=1))
         frame_lengths += [h * w] * t
         start += t * h * w
     return torch.cat(orders), torch.cat(positions), frame_lengths
@@ -69,12 +72,15 @@ class VisionEncoder(MegatronModule):
         merged = shape.spatial_merge**2 * config.hidden_size
         self.projector = build_projector(config, merged, output_size, pg_collection)
 
-    def forward(self, patches_PD: Tensor, grids: Sequence[Sequence[int]]) -> Tensor:
+    def forward(
+        self, patches_PD: Tensor, grids: Sequence[Sequence[int]], first_frames: Sequence[int] = ()
+    ) -> Tensor:
         """Encode.
 
         Args:
             patches_PD: float [P, 3 p p], row-major (t, h, w) patches of all images and videos, one behind the other.
             grids: patch grids (t, h, w), at least one.
+            first_frames: see `merged_layout`.
 
         Returns:
             [tokens, H], in the order of the images, row-major (t, h / m, w / m) within each.
@@ -86,7 +92,7 @@ class VisionEncoder(MegatronModule):
         covered = tokens * self.shape.spatial_merge**2
         if covered != patches_PD.size(0):
             raise ValueError(f"image_grids describe {covered} patches, image_patches holds {patches_PD.size(0)}")
-        order_P, positions_P3, frame_lengths = merged_layout(grids, self.shape.spatial_merge)
+        order_P, positions_P3, frame_lengths = merged_layout(grids, self.shape.spatial_merge, first_frames)
         device = patches_PD.device
         patches_PD = patches_PD.index_select(0, to_device(order_P, device)).to(self.embed.weight.dtype)
         x_PH = self.embed(patches_PD) + self.positions(to_device(positions_P3, device))

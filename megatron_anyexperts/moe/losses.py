@@ -9,7 +9,9 @@ from torch import Tensor
 LEAST_WEIGHT = 1e-30
 
 
-def token_weights(padding_BS: Tensor, loss_mask_BS: Tensor | None) -> Tensor:
+def token_weights(
+    padding_BS: Tensor, loss_mask_BS: Tensor | None, group: torch.distributed.ProcessGroup | None = None
+) -> Tensor:
     """Return what each token weighs in the router's losses, fp32 [B, S], as the layer's `padding_mask` takes it.
 
     Padding weighs 0, every other token targets / real tokens of the microbatch: a microbatch then weighs as much as in
@@ -18,11 +20,15 @@ def token_weights(padding_BS: Tensor, loss_mask_BS: Tensor | None) -> Tensor:
     Args:
         padding_BS: bool, True for padding.
         loss_mask_BS: float, 1 for targets; None: every token but padding is one.
+        group: ranks over which the sequence of the microbatch is split, as context parallelism does; collective.
     """
     real_BS = (~padding_BS).float()
     if loss_mask_BS is None:
         return real_BS
-    share = loss_mask_BS.float().sum() / real_BS.sum().clamp(min=1)
+    counts = torch.stack((loss_mask_BS.float().sum(), real_BS.sum()))
+    if group is not None and group.size() > 1:
+        torch.distributed.all_reduce(counts, group=group)
+    share = counts[0] / counts[1].clamp(min=1)
     return real_BS * share.clamp(min=LEAST_WEIGHT)
 
 

@@ -199,7 +199,8 @@ class Checkpoints:
         if self.train_loader is None:
             return
         state = self.train_loader.state_for_checkpoint(mpu.get_data_parallel_group())
-        if mpu.get_data_parallel_rank() == 0 and mpu.is_pipeline_first_stage(ignore_virtual=True):
+        first = mpu.get_data_parallel_rank() == 0 and mpu.get_context_parallel_rank() == 0
+        if first and mpu.is_pipeline_first_stage(ignore_virtual=True):
             torch.save({**state, "iteration": int(folder.name.removeprefix("iter_"))}, folder / DATA_STATE)
 
     def _seal(self, save_dir: Path, iteration: int, beat: Callable[[], None] = lambda: None) -> None:

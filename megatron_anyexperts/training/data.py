@@ -30,7 +30,8 @@ class DataProvider:
     """Callable with the signature of Megatron's dataset provider, for ``--dataloader-type external``.
 
     Every pipeline stage reads the same microbatches, because routers on all of them need to know which tokens are
-    padding and of which modality; tensor-parallel rank 0 reads for its group.
+    padding and of which modality; tensor-parallel rank 0 reads for its group. So does every context-parallel rank, which
+    keeps its part of each.
 
     Args:
         checkpoints: restores and saves the position in the training data.
@@ -67,7 +68,7 @@ class DataProvider:
             batch = {"micro_batch_size": args.micro_batch_size, "rows_per_step": rows_per_step(args)}
             train = MicrobatchLoader(**common, **batch, seed=args.seed, announces=args.rank == 0)
             self.checkpoints.restore_data(train)
-            if mpu.is_pipeline_first_stage(ignore_virtual=True) and mpu.get_context_parallel_rank() == 0:
+            if reads_for_the_record():
                 self.stats.ledger = train.ledger
             if args.data_mixture_schedule is not None:
                 check_length(train.schedule, args, args.iteration, args.consumed_train_samples)
@@ -80,7 +81,7 @@ class DataProvider:
         return train, valid
 
     def _open_sample_log(self, args: argparse.Namespace) -> None:
-        if not (args.log_sample_keys and args.run_dir and mpu.is_pipeline_first_stage(ignore_virtual=True)):
+        if not (args.log_sample_keys and args.run_dir and reads_for_the_record()):
             return
         folder = Run(Path(args.run_dir)).samples
         group, rank = mpu.get_data_parallel_group(), mpu.get_data_parallel_rank()
@@ -88,6 +89,11 @@ class DataProvider:
             forget_after(folder, args.iteration)
         torch.distributed.barrier(group=group)
         self.stats.sample_log = SampleLog(folder, rank)
+
+
+def reads_for_the_record() -> bool:
+    """Whether this is the one rank of those that read the same microbatches that says what it read."""
+    return mpu.is_pipeline_first_stage(ignore_virtual=True) and mpu.get_context_parallel_rank() == 0
 
 
 def data_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -42,16 +42,13 @@ def measure_work(batch: dict[str, Any], shape: MediaShape) -> torch.Tensor:
             frame, audio positions to those of their clip.
         shape: media geometry.
     """
-    segments_BS = batch["segment_ids"].long()
-    sizes_BN = torch.zeros(len(segments_BS), segments_BS.shape[1] + 1, dtype=torch.float64, device=segments_BS.device)
-    sizes_BN.scatter_add_(1, segments_BS, torch.ones_like(segments_BS, dtype=torch.float64))
-    sizes_BN = sizes_BN[:, 1:]
+    real_BS = batch["segment_ids"] > 0
     times_N, patches_N = batch["image_grids"][:, 0].double(), batch["image_grids"][:, 1:].double().prod(1)
     frames_M = batch["audio_lengths"].double()
     steps_M = (frames_M / 2).ceil()
     counts = (
-        sizes_BN.sum(),
-        (sizes_BN * (sizes_BN + 1) / 2).sum(),
+        real_BS.sum(),
+        (real_BS * (batch["position_ids"] + 1)).sum(),
         (times_N * patches_N).sum(),
         (times_N * patches_N**2).sum(),
         frames_M.sum(),
@@ -59,7 +56,7 @@ def measure_work(batch: dict[str, Any], shape: MediaShape) -> torch.Tensor:
         (steps_M**2).sum(),
         (frames_M / shape.audio_stride).ceil().sum(),
     )
-    return torch.stack([count.to(sizes_BN.device) for count in counts])
+    return torch.stack([count.to(real_BS.device, torch.float64) for count in counts])
 
 
 @dataclass(frozen=True)

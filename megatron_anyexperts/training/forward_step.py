@@ -25,7 +25,7 @@ class ForwardStep:
 
     Args:
         stats: collects losses per modality, work, sample keys and waiting time of training steps.
-        shape: media geometry, by which work is counted.
+        shape: media geometry, by which work is counted and rows are cut.
     """
 
     def __init__(self, stats: StepStats, shape: MediaShape):
@@ -40,14 +40,14 @@ class ForwardStep:
         timers("batch-generator", log_level=2).start()
         if model.training:
             with self.stats.waiting_for_data():
-                batch = next_batch(data_iterator)
+                batch = next_batch(data_iterator, self.shape)
             # Virtual stages of one rank read the same samples; one of them is enough.
             if self.stats.sample_log is not None and get_attr_wrapped_model(model, "pre_process"):
                 self.stats.sample_log.add(batch.sample_keys)
             if get_attr_wrapped_model(model, "post_process"):
                 self.stats.add_work(measure_work(batch, self.shape))
         else:
-            batch = next_batch(data_iterator)
+            batch = next_batch(data_iterator, self.shape)
         timers("batch-generator").stop()
 
         traced: AbstractContextManager = nullcontext()

@@ -101,6 +101,7 @@ def check(args: argparse.Namespace) -> None:
         UsageError: the way out is in the message.
     """
     from megatron_anyexperts.data.config import DataConfig
+    from megatron_anyexperts.data.context_cut import refuse_rows
     from megatron_anyexperts.data.elastic import streams_per_rank
     from megatron_anyexperts.media import MediaShape
     from megatron_anyexperts.models.build import can_fuse_gradient_accumulation, refuse_fp8_rows, refuse_unsupported
@@ -128,9 +129,13 @@ def check(args: argparse.Namespace) -> None:
         if args.rank == 0:
             said = "gradient accumulation fusion is off: it needs apex (see anyexperts doctor)"
             print(said, file=sys.stderr)
+    # What documents are padded with, so that they can be cut, may make a row longer than others.
+    args.variable_seq_lengths = args.context_parallel_size > 1 and args.pipeline_model_parallel_size > 1
     decoder = transformer_config(args)
     refuse_unsupported(args.hybrid_layer_pattern, decoder)
     refuse_fp8_rows(args.seq_length, args.micro_batch_size, decoder)
+    if args.context_parallel_size > 1:
+        refuse_rows(args.micro_batch_size)
     MediaShape.from_args(args)
     LearningRateConfig.from_args(args)
     for config in (DataConfig, RunConfig, TraceConfig):

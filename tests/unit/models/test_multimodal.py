@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
 
-from megatron_anyexperts.models.build import part_of, refuse_fp8_rows
+from megatron_anyexperts.models.build import part_of, refuse_fp8_rows, refuse_unsupported
 from megatron_anyexperts.models.multimodal import within_documents
 from megatron_anyexperts.moe.router import AnyExpertsRouter
 from tests.unit.models.small import DYNAMIC, STOCK, VOCABULARY, media_batch, small_config, text_batch
@@ -271,6 +273,21 @@ def test_fp8_needs_rows_that_fill_its_blocks():
     refuse_fp8_rows(16, 1, config)
 
 
-def test_context_parallelism_is_refused(make_model):
-    with pytest.raises(ValueError, match="context_parallel_size=2"):
-        make_model(context_parallel_size=2)
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"mtp_num_layers": 1}, "mtp_num_layers=1"),
+        ({"cp_comm_type": "a2a"}, "cp_comm_type=a2a"),
+        ({"hybrid_context_parallel": True}, "hybrid_context_parallel"),
+    ],
+)
+def test_what_context_parallelism_cannot_split_is_refused(changes, reason):
+    with pytest.raises(ValueError, match=f"context_parallel_size=2 with {reason}.*leave one of them out"):
+        refuse_unsupported("*-*-", small_config(context_parallel_size=2, **changes))
+
+
+def test_context_parallelism_wants_a_row_that_was_cut(make_model):
+    model = make_model()
+    model.language_model.pg_collection.cp = SimpleNamespace(size=lambda: 2)
+    with pytest.raises(ValueError, match="one rank's part of a row"):
+        model(**media_batch())
