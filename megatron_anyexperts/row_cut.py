@@ -27,7 +27,7 @@ def padded_documents(lengths: Sequence[int], ranks: int, multiple: int = 1) -> t
 
 
 def held_places(padded: Sequence[int], ranks: int) -> np.ndarray:
-    """Places of the padded row that each rank holds, int64 [ranks, places / ranks], in the order in which it holds them.
+    """Places of the padded row that each rank holds, in its order, int64 [ranks, places / ranks].
 
     Of each document's 2 x `ranks` chunks rank r holds chunks r and 2 x `ranks` - 1 - r: of a causal document then all
     ranks attend to the same number of pairs. Source: Megatron's packed sequences, Transformer Engine's

@@ -1,8 +1,8 @@
 """One context-parallel rank's part of a microbatch: its tokens, and the pictures and sound that fill them.
 
-A rank encodes what its own tokens need: the frames of videos, the images and the clips of which it holds a token. One that
-lies on the border of two ranks is encoded by both. Encoding everything on every rank and picking would need no borders,
-but the frames of a long video are most of its work, and would then be done as often as there are ranks.
+A rank encodes what its own tokens need: the images, the frames of videos and the clips of which it holds a token; what
+lies on the border of two ranks is encoded by both. If all ranks encoded everything and picked, the frames of a long
+video, which are most of the encoders' work, would be encoded as often as there are ranks.
 """
 
 from __future__ import annotations

@@ -40,6 +40,11 @@ def start(cli: list[str], defaults: Mapping[str, Any] = DEFAULTS) -> argparse.Na
         signing_key()
         args = parse(cli, defaults, drop=TRAINING_ONLY)
         check(args)
+        if args.context_parallel_size > 1:
+            raise UsageError(
+                f"--context-parallel-size={args.context_parallel_size}: a trained model is asked with whole rows; pass "
+                "--context-parallel-size 1, which reads the same checkpoints"
+            )
     except (ValueError, AssertionError) as error:
         raise UsageError(reason(error)) from error
     console.begin(args.verbose)

@@ -83,7 +83,8 @@ class SDPACoreAttention(torch.nn.Module):
         """
         if attention_bias is not None or (packed_seq_params is None) != (self.cp_group is None):
             raise ValueError(
-                "attention biases, and packed sequences without context parallelism, need Transformer Engine's attention"
+                "attention biases, and packed sequences without context parallelism, need the attention of "
+                "Transformer Engine"
             )
         if self.cp_group is not None:
             query = query.unsqueeze(1)

@@ -30,8 +30,8 @@ class DataProvider:
     """Callable with the signature of Megatron's dataset provider, for ``--dataloader-type external``.
 
     Every pipeline stage reads the same microbatches, because routers on all of them need to know which tokens are
-    padding and of which modality; tensor-parallel rank 0 reads for its group. So does every context-parallel rank, which
-    keeps its part of each.
+    padding and of which modality; tensor-parallel rank 0 reads for its group. So does every context-parallel
+    rank, which keeps its part of each.
 
     Args:
         checkpoints: restores and saves the position in the training data.

@@ -42,8 +42,8 @@ def check(args: argparse.Namespace) -> None:
 class HeldOutAnswers:
     """Exact match and loss per modality and task at every evaluation; see `pretrain.HeldOut`.
 
-    With pipeline parallelism no rank has all of the model; nothing is measured then; `generate.py --evaluate` does it
-    on checkpoints.
+    With pipeline parallelism no rank has all of the model, with context parallelism none decodes whole rows; nothing is
+    measured then; `generate.py --evaluate` does it on checkpoints.
 
     Args:
         args: Megatron's arguments.
@@ -59,7 +59,8 @@ class HeldOutAnswers:
 
     def measure(self, model: list[torch.nn.Module]) -> dict[str, Score]:
         """Score the held-out conversations."""
-        return {} if self.args.pipeline_model_parallel_size > 1 else self.scorer(model[0])
+        split = self.args.pipeline_model_parallel_size > 1 or self.args.context_parallel_size > 1
+        return {} if split else self.scorer(model[0])
 
     def log(self, measured: dict[str, Score], iteration: int, writer: Any) -> None:
         """Print the scores and write them to TensorBoard and the run's event log."""

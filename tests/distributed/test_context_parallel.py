@@ -1,4 +1,4 @@
-"""Rows cut over context-parallel ranks train like whole ones: losses, norms, weights, router losses and routing figures.
+"""Rows cut over context-parallel ranks train like whole ones: losses, norms, weights, router losses, routing figures.
 
 The rows hold several documents, images, a video that lies on several ranks, clips and padding.
 """
@@ -158,8 +158,14 @@ def state(model: MultimodalModel) -> dict[str, torch.Tensor]:
     return {name: x.detach().clone() for name, x in [*model.named_parameters(), *model.named_buffers()]}
 
 
+def load_whole(model: MultimodalModel, whole: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for _, tensor, expected in each(model, whole):
+            tensor.copy_(expected)
+
+
 def figures(tracker: RoutingTracker, microbatches: int, alone: bool = False) -> dict:
-    """Router losses of a step, and what routing did, per layer and modality; on this rank `alone` or on all. Cleared."""
+    """Router losses of a step, and what routing did per layer and modality, on this rank `alone` or on all."""
     losses: dict[str, torch.Tensor] = {}
     tracker.report(
         1 / microbatches, 1, total_loss_dict=losses, num_layers=2, track_names=list(LOSSES), force_initialize=True
@@ -210,9 +216,7 @@ def train(layout: Layout, before: dict) -> tuple[list[float], list[float], Multi
     """The same on Megatron's schedule, gradient reduction and distributed optimizer."""
     model = layout.build()
     tracker = install_metrics(model.config, MODALITIES, log_interval=2)
-    with torch.no_grad():
-        for _, tensor, expected in each(model, before):
-            tensor.copy_(expected)
+    load_whole(model, before)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True)
     wrapped = DistributedDataParallel(model.config, ddp, model)
     model.config.no_sync_func = wrapped.no_sync
@@ -269,7 +273,7 @@ def compare(rank: int, world_size: int, layouts: list[Layout]) -> int:
         torch.testing.assert_close(torch.tensor(got_norms), torch.tensor(norms), rtol=1e-4, atol=1e-5)
         for name, tensor, expected in each(model, after):
             torch.testing.assert_close(
-                tensor.detach(), expected, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{layout} {name}: {m}"
+                tensor.detach(), expected, rtol=1e-4, atol=2e-5, msg=lambda m, label=f"{layout} {name}: ": label + m
             )
         close(got_seen, seen, str(layout))
     return len(layouts)
@@ -287,11 +291,8 @@ def test_cut_rows_train_like_whole_ones(world_size, layouts):
     assert run_ranks(compare, world_size, layouts) == [len(layouts)] * world_size
 
 
-def first_load(layout: Layout) -> LoadReport:
-    """What the first mixture layer sends of one row, whose experts 0 and 1 are the favourites."""
-    model = layout.build()
-    with torch.no_grad():
-        model.decoder.layers[1].mlp.router.weight[:2] *= 3
+def first_load(model: MultimodalModel, layout: Layout) -> LoadReport:
+    """What the first mixture layer sends of one row."""
     batch = layout.part(microbatch(0))
     loads: list[LoadReport] = []
     observed = layer.observe
@@ -304,8 +305,12 @@ def first_load(layout: Layout) -> LoadReport:
 
 
 def cap_of_a_row(rank: int, world_size: int, eps: float) -> tuple[int, int, int]:
-    demanded_2 = first_load(Layout()).received_E.view(2, -1).sum(1)
-    load = first_load(Layout(context=2, expert=2, cap=eps))
+    model = Layout().build()
+    demanded_2 = first_load(model, Layout()).received_E.view(2, -1).sum(1)
+    whole, layout = state(model), Layout(context=2, expert=2, cap=eps)
+    model = layout.build()
+    load_whole(model, whole)
+    load = first_load(model, layout)
     assert load.demanded_P.tolist() == demanded_2.tolist()
     assert load.cap == slot_cap(demanded_2.sum(), 2, eps)
     assert load.received_P.max() == load.cap

@@ -9,9 +9,19 @@ from megatron_anyexperts.host_sizes import HostSizes
 few = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
 
-@given(rows=st.lists(few, max_size=3), grids=st.lists(st.tuples(*[st.integers(1, 9)] * 3)), clips=st.lists(few))
-def test_they_survive_a_message_whatever_follows(rows, grids, clips):
-    sizes = HostSizes(tuple(map(tuple, rows)), tuple(grids), tuple(map(sum, clips)), (len(grids), len(clips)))
+ranges = st.lists(st.tuples(st.integers(0, 9), st.integers(10, 19)), max_size=3).map(tuple)
+
+
+@given(
+    rows=st.lists(few, max_size=3),
+    grids=st.lists(st.tuples(*[st.integers(1, 9)] * 3)),
+    clips=st.lists(few),
+    first_frames=st.lists(st.integers(0, 9)),
+    taken=st.none() | st.tuples(ranges, ranges),
+)
+def test_they_survive_a_message_whatever_follows(rows, grids, clips, first_frames, taken):
+    counted = tuple(map(tuple, rows)), tuple(grids), tuple(map(sum, clips)), (len(grids), len(clips))
+    sizes = HostSizes(*counted, tuple(first_frames), taken)
     assert HostSizes.from_list([*sizes.to_list(), 0, 0]) == sizes
 
 

@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_anyexperts"
-ANYONE = {"media", "host_sizes", "files", "config_search", "described", "console", "hardware", "trace_file"}
+ANYONE = {
+    "media", "host_sizes", "row_cut", "files", "config_search", "described", "console", "hardware", "trace_file",
+}  # fmt: skip
 """Modules of the package itself that know nothing of it."""
 LOWER = {
     "platform": set(),
