@@ -143,9 +143,7 @@ def _refuse_uncut(pattern: str, config: AnyExpertsConfig) -> None:
     """Refuse what cannot be split over context-parallel ranks."""
     ways = config.cp_comm_type if isinstance(config.cp_comm_type, list) else [config.cp_comm_type or "p2p"]
     reasons = {
-        f"mtp_num_layers={config.mtp_num_layers}: Megatron-Core 0.19.2 weighs a rank's prediction loss by the targets "
-        "of that rank alone, so it would depend on how rows are cut": bool(config.mtp_num_layers),
-        f"hybrid_layer_pattern={pattern!r}: only the layers *, - and E are cut": bool(set(pattern) - set("*-E|")),
+        f"hybrid_layer_pattern={pattern!r}: only the layers *, - and E are cut": bool(set(pattern) - set("*-E|/")),
         "hybrid_context_parallel: it brings a schedule and batches of its own": config.hybrid_context_parallel,
         f"cp_comm_type={config.cp_comm_type}: packed rows go by p2p": set(ways) != {"p2p"},
     }

@@ -9,6 +9,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import multi_token_prediction
 from torch import Tensor
 
+from megatron_anyexperts.platform import cut_rows
+from megatron_anyexperts.platform.cut_rows import roll_part
 from megatron_anyexperts.platform.seams import replace
 
 
@@ -36,10 +38,10 @@ def _without_waiting(roll_packed):
         packed_seq_params: PackedSeqParams,
         cp_group: torch.distributed.ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if cp_group is not None and cp_group.size() > 1:
-            return roll_packed(tensor, shifts, dims, packed_seq_params, cp_group)
         if shifts != -1 or dims not in (-1, tensor.dim() - 1):
             raise ValueError(f"shifts={shifts}, dims={dims}: packed rows are rolled by -1 along the last dimension")
+        if cp_group is not None and cp_group.size() > 1:
+            return roll_part(tensor, packed_seq_params.cu_seqlens_q, cp_group)
         rolled = roll_left(tensor, packed_seq_params.cu_seqlens_q)
         return rolled, rolled.sum()
 
@@ -47,7 +49,8 @@ def _without_waiting(roll_packed):
 
 
 def install() -> None:
-    """Replace Megatron's roll of packed rows; repeated calls are harmless."""
+    """Replace Megatron's roll of packed rows, and its weights where these are cut; repeated calls are harmless."""
+    cut_rows.install()
     roll_packed = multi_token_prediction._roll_tensor_packed_seq
     if not hasattr(roll_packed, "__wrapped__"):
         replace(multi_token_prediction.__name__, "_roll_tensor_packed_seq", _without_waiting(roll_packed))

@@ -119,6 +119,11 @@ SEAMS = (
         "tests/unit/platform/test_packed_rows.py",
     ),
     Seam(
+        "megatron.core.models.hybrid.hybrid_model", "process_mtp_loss", REPLACED, "platform/cut_rows.py",
+        "it weighs a context-parallel rank's prediction losses by the targets of that rank alone",
+        "tests/distributed/test_context_parallel.py",
+    ),
+    Seam(
         "megatron.energon", "BlendDataset.__iter__", OBJECT, "data/scheduled_blend.py",
         "weights that change at declared steps", "tests/feed/test_mixture_schedule.py",
     ),

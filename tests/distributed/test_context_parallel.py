@@ -16,6 +16,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 
 from megatron_anyexperts.data.context_cut import cut
 from megatron_anyexperts.data.microbatch import TRAINING_INPUTS, Microbatch, collate
@@ -26,6 +27,7 @@ from megatron_anyexperts.moe.controllers import update_controllers
 from megatron_anyexperts.moe.dispatcher import LoadReport
 from megatron_anyexperts.moe.metrics import RoutingTracker, install_metrics, token_modality
 from megatron_anyexperts.moe.quotas import slot_cap
+from megatron_anyexperts.platform import packed_rows
 from tests.distributed.test_layouts import ROUTING
 from tests.multirank import run_ranks
 from tests.unit.models.small import SHAPE, VOCABULARY, small_arguments, small_config, small_model
@@ -33,6 +35,16 @@ from tests.unit.models.small import SHAPE, VOCABULARY, small_arguments, small_co
 SEQUENCE, MICROBATCHES, STEPS, RATE, EPS = 48, 4, 3, 0.3, 0.3
 ROUTING = ROUTING | {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"]}
 LOSSES = ("load_balancing_loss", "seq_load_balancing_loss", "z_loss")
+PREDICTION = {
+    "mtp_num_layers": 1,
+    "mtp_loss_scaling_factor": 0.5,
+    "anyexperts_target_slots": None,
+    "anyexperts_target_real": None,
+    "anyexperts_budget_loss_coeff": 0.0,
+    "anyexperts_spread_loss_coeff": 0.0,
+    "moe_router_load_balancing_type": "none",
+    "moe_z_loss_coeff": None,
+}
 BY_EXPERT_RANK = {"rank_max_over_mean", "rank_max_over_mean_peak", "demanded_max_over_mean"}
 PICTURE, FILM, FRAMES = (1, 2, 4), (7, 2, 2), 14
 DOCUMENTS = (
@@ -55,11 +67,13 @@ def microbatch(number: int) -> Microbatch:
     clips = [FRAMES] * runs.count(AUDIO)
     real = np.arange(SEQUENCE) < len(kinds)
     segments = np.repeat([*range(1, len(lengths) + 1), 0], [*lengths, padding])
+    positions = np.concatenate([np.arange(length) for length in (*lengths, padding)])
     row = {
         "tokens": random.integers(0, VOCABULARY // 4, SEQUENCE),
         "labels": random.integers(0, VOCABULARY // 4, SEQUENCE),
-        "loss_mask": ((random.random(SEQUENCE) < 0.5) & real).astype(np.float32),
-        "position_ids": np.concatenate([np.arange(length) for length in (*lengths, padding)]),
+        # A row with a mask, without Transformer Engine, counts no first token of a document as a target to predict.
+        "loss_mask": ((random.random(SEQUENCE) < 0.5) & real & (positions > 0)).astype(np.float32),
+        "position_ids": positions,
         "segment_ids": segments.astype(np.int32),
         "token_modality": np.array(kinds + [PAD] * padding, np.int8),
         "sample_modality": np.where(real, TEXT, PAD).astype(np.int8),
@@ -80,10 +94,13 @@ class Layout:
     pipeline: int = 1
     expert: int = 1
     cap: float | None = None
+    predicts: bool = False
+    """With a layer of multi-token prediction, which on one rank reads the first token of the next document where a cut
+    row has none: without what its routing figures act on."""
 
     @property
     def pattern(self) -> str:
-        return "*E|*E" if self.pipeline == 2 else "*E*E"
+        return "*E|*E" if self.pipeline == 2 else "*E*E/*E" if self.predicts else "*E*E"
 
     def build(self) -> MultimodalModel:
         parallel_state.destroy_model_parallel()
@@ -106,8 +123,9 @@ class Layout:
             expert_model_parallel_size=self.expert,
             expert_tensor_parallel_size=1,
             anyexperts_dispatch_eps=self.cap,
-            **ROUTING,
+            **(ROUTING | (PREDICTION if self.predicts else {})),
         )
+        packed_rows.install()
         arguments = small_arguments(hybrid_layer_pattern=self.pattern, seq_length=SEQUENCE)
         stage = {
             "pre_process": parallel_state.is_pipeline_first_stage(),
@@ -174,13 +192,22 @@ def figures(tracker: RoutingTracker, microbatches: int, alone: bool = False) -> 
     return {"losses": {name: float(loss) for name, loss in losses.items()}, "routing": summary}
 
 
-def train_whole() -> tuple[list[float], list[float], dict, dict, dict]:
+def prediction_loss() -> float:
+    """Of one step, over all ranks; cleared."""
+    MTPLossLoggingHelper.reduce_metrics_in_tracker()
+    loss = float(MTPLossLoggingHelper.tracker.get("loss_values", torch.zeros(1)))
+    MTPLossLoggingHelper.clean_metrics_in_tracker()
+    return loss
+
+
+def train_whole(predicts: bool) -> tuple[list[float], list[float], dict, dict, dict]:
     """Losses, gradient norms, the model before and after, figures: plain torch on one rank."""
-    model = Layout().build()
+    model = Layout(predicts=predicts).build()
     tracker = install_metrics(model.config, MODALITIES, log_interval=2)
     before = state(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), eps=EPS, weight_decay=0.0)
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    MTPLossAutoScaler.set_loss_scale(torch.ones(1))
     losses, norms, seen = [], [], {}
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -197,7 +224,7 @@ def train_whole() -> tuple[list[float], list[float], dict, dict, dict]:
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
         optimizer.step()
         losses.append((loss / targets).item())
-        seen = figures(tracker, MICROBATCHES, alone=True)
+        seen = figures(tracker, MICROBATCHES, alone=True) | {"prediction": prediction_loss() / MICROBATCHES}
     return losses, norms, before, state(model), seen
 
 
@@ -248,7 +275,7 @@ def train(layout: Layout, before: dict) -> tuple[list[float], list[float], Multi
         loss = sum(x["loss"] for x in reduced) if reduced else torch.zeros(2)
         torch.distributed.all_reduce(loss)
         losses.append((loss[0] / loss[1]).item())
-        seen = figures(tracker, len(mine))
+        seen = figures(tracker, len(mine)) | {"prediction": prediction_loss() / len(mine)}
     return losses, norms, model, seen
 
 
@@ -265,7 +292,11 @@ def close(got, expected, where: str) -> None:
 
 
 def compare(rank: int, world_size: int, layouts: list[Layout]) -> int:
-    losses, norms, before, after, seen = train_whole()
+    predicts = layouts[0].predicts
+    losses, norms, before, after, seen = train_whole(predicts)
+    if predicts:
+        seen = {"prediction": seen["prediction"]}
+        assert seen["prediction"] > 1
     assert losses[-1] < losses[0] - 0.05, f"no training to compare: {losses}"
     for layout in layouts:
         got_losses, got_norms, model, got_seen = train(layout, before)
@@ -283,9 +314,10 @@ def compare(rank: int, world_size: int, layouts: list[Layout]) -> int:
     ("world_size", "layouts"),
     [
         (2, [Layout(context=2), Layout(context=2, expert=2)]),
+        (2, [Layout(context=2, predicts=True)]),
         (4, [Layout(context=2, tensor=2), Layout(context=2, expert=2), Layout(context=2, pipeline=2)]),
     ],
-    ids=["CP2, CP2 x EP2", "CP2 x TP2+SP, CP2 x EP2 x DP2, CP2 x PP2"],
+    ids=["CP2, CP2 x EP2", "CP2 with multi-token prediction", "CP2 x TP2+SP, CP2 x EP2 x DP2, CP2 x PP2"],
 )
 def test_cut_rows_train_like_whole_ones(world_size, layouts):
     assert run_ranks(compare, world_size, layouts) == [len(layouts)] * world_size

@@ -276,7 +276,7 @@ def test_fp8_needs_rows_that_fill_its_blocks():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"mtp_num_layers": 1}, "mtp_num_layers=1"),
+        ({"multi_latent_attention": True}, "hybrid_layer_pattern"),
         ({"cp_comm_type": "a2a"}, "cp_comm_type=a2a"),
         ({"hybrid_context_parallel": True}, "hybrid_context_parallel"),
     ],
