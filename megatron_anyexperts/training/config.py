@@ -84,6 +84,11 @@ def refuse_trace(args: argparse.Namespace) -> None:
     asked = f"--anyexperts-trace-every={args.anyexperts_trace_every}"
     if args.run_dir is None:
         raise ValueError(f"{asked} needs --run-dir, below which traces are written")
+    if args.context_parallel_size > 1:
+        raise ValueError(
+            f"{asked} with --context-parallel-size={args.context_parallel_size}: positions of rows that are cut are "
+            "not traced; leave one of them out"
+        )
     if args.anyexperts_stock_moe:
         raise ValueError(
             f"{asked} sees nothing of --anyexperts-stock-moe; for Megatron's own top-k leave that out and set "

@@ -222,13 +222,20 @@ def test_a_resumed_run_forgets_the_steps_that_come_again(one_rank, tmp_path):
     assert open_tracer(SimpleNamespace(anyexperts_trace_every=0), 3) is None
 
 
+def whole_rows(**flags) -> SimpleNamespace:
+    given = {"anyexperts_trace_every": 5, "run_dir": "run", "context_parallel_size": 1, "anyexperts_stock_moe": False}
+    return SimpleNamespace(**given | flags)
+
+
 def test_what_cannot_be_traced_is_refused():
     with pytest.raises(ValueError, match="anyexperts-trace-positions=0 is below 1"):
         TraceConfig(anyexperts_trace_positions=0)
     with pytest.raises(ValueError, match="needs --run-dir"):
         refuse_trace(SimpleNamespace(anyexperts_trace_every=5, run_dir=None))
     with pytest.raises(ValueError, match="anyexperts-stock-moe; for Megatron's own top-k"):
-        refuse_trace(SimpleNamespace(anyexperts_trace_every=5, run_dir="run", anyexperts_stock_moe=True))
+        refuse_trace(whole_rows(anyexperts_stock_moe=True))
+    with pytest.raises(ValueError, match="context-parallel-size=2"):
+        refuse_trace(whole_rows(context_parallel_size=2))
 
 
 def test_parts_of_a_row_under_sequence_parallelism_are_the_whole_row():
