@@ -19,6 +19,7 @@ PAGES = {
     "Method": {
         "Routing": "routing.md",
         "Budgets": "budgets.md",
+        "Importance": "importance.md",
         "Dispatch": "dispatch.md",
         "Model": "model.md",
         "The layer as a library": "library.md",

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--input", action="append", default=[], metavar="NAME=PATH", help="of the study's inputs")
     own.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the runs")
     own.add_argument("--ledger", type=Path, metavar="FILE", help="default: ledger.jsonl in a folder named as STUDY")
-    own.add_argument("--limit", type=int, metavar="N", help="end after so many runs (default: all)")
+    own.add_argument("--setting", action="append", metavar="NAME", help="run this one only; repeat for more")
     return own
 
 
@@ -40,7 +40,7 @@ def main(cli: list[str] | None = None) -> int:
         if unknown:
             raise StudyError(f"--input {', '.join(unknown)}: the study has {', '.join(study.inputs) or 'none'}")
         place = Place(args.ledger or ledger_of(args.study), args.work.resolve(), inputs)
-        for run, seconds in run_missing(study, place, args.limit):
+        for run, seconds in run_missing(study, place, args.setting or list(study.settings)):
             print(f"{run.setting}, seed {run.seed}: {seconds:.0f} s", flush=True)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -37,12 +37,12 @@ class Figure(described.Section):
     Attributes:
         path: where it is in a ledger line, names joined by dots; `*` takes the mean over all keys.
         digits: decimals shown.
-        percent: show it times 100.
+        scale: by which it is multiplied when it is shown: 100 for a share in per cent.
     """
 
     path: str
     digits: int = 2
-    percent: int = Field(default=0, ge=0, le=1)
+    scale: float = 1
 
 
 class Step(described.Section):

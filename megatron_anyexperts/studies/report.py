@@ -44,7 +44,7 @@ def paired(ours: dict[int, float], base: dict[int, float]) -> list[float]:
 
 def shown(values: list[float], figure: Figure, signed: bool = False) -> str:
     """Mean and error as text; "-" for what was not measured."""
-    mean, error = mean_and_error([each * (100 if figure.percent else 1) for each in values if math.isfinite(each)])
+    mean, error = mean_and_error([each * figure.scale for each in values if math.isfinite(each)])
     if math.isnan(mean):
         return "-"
     text = f"{mean:{'+' if signed else ''}.{figure.digits}f}"

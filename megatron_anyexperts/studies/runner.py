@@ -39,24 +39,23 @@ class Place:
     inputs: dict[str, Path]
 
 
-def run_missing(study: Study, place: Place, limit: int | None = None) -> Iterator[tuple[Run, float]]:
-    """Run what the ledger lacks; yield each run as it ends, with its seconds.
+def run_missing(study: Study, place: Place, settings: list[str]) -> Iterator[tuple[Run, float]]:
+    """Run what the ledger lacks of some settings; yield each run as it ends, with its seconds.
 
     A run that was killed starts anew. Several processes may do this at once: each takes a run that no other has.
 
-    Args:
-        limit: most runs; None: all.
-
     Raises:
-        StudyError: an input is missing, or a step failed.
+        StudyError: an input is missing, a setting is unknown, or a step failed.
     """
+    unknown = [name for name in settings if name not in study.settings]
+    if unknown:
+        raise StudyError(f"no setting {', '.join(unknown)}; there are {', '.join(study.settings)}")
     missing = [f"{name}=PATH ({what})" for name, what in study.inputs.items() if name not in place.inputs]
     if missing:
         raise StudyError(f"give {', '.join(missing)}")
-    done = 0
     for run in study.runs:
-        if limit is not None and done >= limit:
-            return
+        if run.setting not in settings:
+            continue
         with _taken(place.work / f"{run.folder}.lock") as free:
             # Read again each time: another process may have ended it since.
             if not free or run in ledger.of_study(study, ledger.read(place.ledger)[0])[0]:
@@ -66,7 +65,6 @@ def run_missing(study: Study, place: Place, limit: int | None = None) -> Iterato
             seconds = round(time.time() - started, 1)
             about = {"commit": _commit(), "finished": int(time.time()), "seconds": seconds}
             ledger.append(place.ledger, {**study.identity(run), **about, "results": results})
-            done += 1
         yield run, seconds
 
 

@@ -65,6 +65,8 @@ def test_a_study_that_was_killed_goes_on_where_it_was(tmp_path):
     with file.open("a") as unfinished:
         unfinished.write('{"setting": "slow", "se')  # a line that a killed runner did not finish
     (tmp_path / "wait").unlink()
+    assert cli.main([*run_words(path), "--setting", "slow"]) == 0
+    assert starts.read_text().split("\n")[:-1] == ["1 1", "3 1", "1 2", "1 2"]
     assert cli.main(run_words(path)) == 0
     assert starts.read_text().split("\n")[:-1] == ["1 1", "3 1", "1 2", "1 2", "3 2"]
     records, notes = ledger.read(file)
@@ -124,6 +126,8 @@ def test_a_missing_input_and_a_failed_step_are_named(tmp_path, capsys):
     path = declared(tmp_path)
     assert cli.main(["study", "run", str(path), "--work", str(tmp_path / "work")]) == 2
     assert "give here=PATH (a folder)" in capsys.readouterr().err
+    assert cli.main([*run_words(path), "--setting", "quick"]) == 2
+    assert "no setting quick; there are slow, fast" in capsys.readouterr().err
     path = declared(tmp_path, steps={"measure": {"command": "{python} {here}/none.py"}})
     assert cli.main(run_words(path)) == 2
     said = capsys.readouterr().err
@@ -144,3 +148,10 @@ def test_differences_are_of_seeds_that_both_have(ours, base):
 def test_a_figure_that_a_run_lacks_is_not_a_number():
     assert math.isnan(value({"a": {}}, "a.b")) and math.isnan(value({"a": {}}, "a.*.b"))
     assert value(json.loads('{"a": {"x": {"b": 1}, "y": {"b": 2}}}'), "a.*.b") == 1.5
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_page_of_a_study_is_what_its_ledger_says(path):
+    text = (ROOT / f"docs/{path.stem}.md").read_text()
+    generated = page(Study.read(path), path.relative_to(ROOT), path.with_suffix("") / "ledger.jsonl")
+    assert with_tables(text, generated) == text, f"run: anyexperts study report {path} --page docs/{path.stem}.md"
