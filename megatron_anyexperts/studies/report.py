@@ -78,27 +78,28 @@ def page(study: Study, path: Path, ledger_path: Path) -> str:
         raise StudyError(f"{ledger_path} holds none of the runs that {path} declares")
     table = columns(study, found)
     base = table.get(study.compare_with, {})
+    less = {
+        setting: {name: paired(figures[name], base.get(name, {})) for name in study.figures}
+        for setting, figures in table.items()
+        if setting != study.compare_with
+    }
+    means = {setting: {name: list(each.values()) for name, each in row.items()} for setting, row in table.items()}
     lines = [f"**Asked**: {study.question}", "", f"**A yes would be** (written before the runs): {study.criterion}", ""]
-    lines += ["Means over seeds, with standard errors.", "", *_head(study)]
-    for name, figures in table.items():
-        cells = [shown(list(figures[each].values()), figure) for each, figure in study.figures.items()]
-        lines.append(_row(name, len(next(iter(figures.values()))), *cells))
-    lines += ["", f"Less *{study.compare_with}*, seed by seed.", "", *_head(study)]
-    for name, figures in table.items():
-        if name == study.compare_with:
-            continue
-        differences = {each: paired(figures[each], base.get(each, {})) for each in study.figures}
-        cells = [shown(differences[each], figure, signed=True) for each, figure in study.figures.items()]
-        lines.append(_row(name, len(next(iter(differences.values()))), *cells))
+    lines += ["Means over seeds, with standard errors from two seeds on.", "", *_table(study, means, signed=False)]
+    if base and less:
+        lines += ["", f"Less *{study.compare_with}*, seed by seed.", "", *_table(study, less, signed=True)]
     lines += ["", *_about(study, path, ledger_path, found), *(f"Not counted: {note}." for note in notes)]
     if others:
         lines.append(f"Not counted: {others} lines of runs that are declared differently now.")
     return "\n".join(lines)
 
 
-def _head(study: Study) -> list[str]:
-    names = ["setting", "seeds", *study.figures]
-    return [_row(*names), _row(*["---"] * len(names))]
+def _table(study: Study, columns: dict[str, dict[str, list[float]]], signed: bool) -> list[str]:
+    seeds = [max(map(len, figures.values())) for figures in columns.values()]
+    lines = [_row("", *columns), _row(*["---"] * (len(columns) + 1)), _row("seeds", *seeds)]
+    for name, figure in study.figures.items():
+        lines.append(_row(name, *(shown(figures[name], figure, signed) for figures in columns.values())))
+    return lines
 
 
 def _row(*cells: Any) -> str:

@@ -98,8 +98,8 @@ def test_the_page_holds_means_errors_and_paired_differences(tmp_path):
             about = {"commit": "c", "seconds": 1, "results": results}
             ledger.append(tmp_path / "study/ledger.jsonl", identity | about)
     text = page(Study.read(path), path, tmp_path / "study/ledger.jsonl")
-    assert "| slow | 2 | 12.0 ± 1.0 | 2.00 ± 0.00 |" in text
-    assert "| fast | 2 | +21.0 ± 1.0 | +0.00 ± 0.00 |" in text
+    assert "|  | slow | fast |\n| --- | --- | --- |\n| seeds | 2 | 2 |\n| loss | 12.0 ± 1.0 | 33.0 ± 2.0 |\n" in text
+    assert "|  | fast |\n| --- | --- |\n| seeds | 2 |\n| loss | +21.0 ± 1.0 |\n| mean | +0.00 ± 0.00 |\n" in text
     assert "4 of 4 declared runs" in text
     whole = f"above\n{BEGIN}\nold\n{END}\nbelow"
     assert with_tables(whole, text) == f"above\n{BEGIN}\n{text}\n{END}\nbelow"
