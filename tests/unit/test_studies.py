@@ -151,7 +151,9 @@ def test_a_figure_that_a_run_lacks_is_not_a_number():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_page_of_a_study_is_what_its_ledger_says(path):
+def test_the_page_of_a_study_is_what_its_ledger_says(path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # pages name files as from there
     text = (ROOT / f"docs/{path.stem}.md").read_text()
-    generated = page(Study.read(path), path.relative_to(ROOT), path.with_suffix("") / "ledger.jsonl")
+    path = path.relative_to(ROOT)
+    generated = page(Study.read(path), path, path.with_suffix("") / "ledger.jsonl")
     assert with_tables(text, generated) == text, f"run: anyexperts study report {path} --page docs/{path.stem}.md"
