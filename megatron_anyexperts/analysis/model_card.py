@@ -17,9 +17,9 @@ tags: [mixture-of-experts, anyexperts]
 ---
 # {name}
 
-A mixture-of-experts language model in which every token gets as many experts as it needs, trained with
-[megatron-anyexperts](https://arxiv.org/abs/2511.18314). It needs torch and transformers 5; its code lies beside the
-weights.
+A mixture-of-experts language model in which every token gets as many experts as it needs (the method of
+[AnyExperts](https://arxiv.org/abs/2511.18314)), trained with megatron-anyexperts. It needs torch and transformers 5;
+its code lies beside the weights.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

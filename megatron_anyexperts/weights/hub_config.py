@@ -91,7 +91,7 @@ def hub_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     found |= {
         "num_key_value_heads": settings["num_query_groups"] if settings["group_query_attention"] else heads,
         "head_dim": settings["kv_channels"] or settings["hidden_size"] // heads,
-        "qk_norm": ("all" if settings.get("qk_norm_all_heads") else "head") if settings["qk_layernorm"] else "none",
+        "qk_norm": ("all" if settings["qk_norm_all_heads"] else "head") if settings["qk_layernorm"] else "none",
         "attention_bias": settings["add_qkv_bias"],
         "tie_word_embeddings": not settings["untie_embeddings_and_output_weights"],
         "max_position_embeddings": settings.get("max_position_embeddings") or settings["seq_length"],
@@ -128,8 +128,7 @@ def _mixture(settings: Mapping[str, Any]) -> dict[str, Any]:
         own |= {"anyexperts_k_min": topk, "anyexperts_k_max": topk, "anyexperts_virtual_experts": 0}
         settings = {**settings, **own}
     found = {key: settings[name] for key, name in MIXTURE.items()}
-    # A learned strength lies with the weights, and is not recorded.
-    found["anyexperts_alpha"] = settings.get("anyexperts_alpha", 0.0)
+    found["anyexperts_alpha"] = settings["anyexperts_alpha"]
     found["moe_ffn_hidden_size"] = found["moe_ffn_hidden_size"] or settings["ffn_hidden_size"]
     found["moe_shared_expert_intermediate_size"] = settings["moe_shared_expert_intermediate_size"] or 0
     for key in ("anyexperts_k_min", "anyexperts_k_max"):
@@ -154,12 +153,11 @@ def _latent(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings["rope_type"] == "rope":
         rope["partial_rotary_factor"] = settings["rotary_percent"]
     else:
-        own = {"yarn_original_max_position_embeddings": None, "yarn_correction_range_round_to_int": True}
-        own["yarn_original_max_position_embeddings"] = settings["yarn_original_max_position_embeddings"] or 4096
-        rope = _rope({**settings, **own, "position_embedding_type": "yarn", "rotary_percent": 1.0})
-    return {"head_dim": rotated, "num_key_value_heads": settings["num_attention_heads"], "latent": latent} | {
-        "rope_parameters": rope
-    }
+        longest = settings["yarn_original_max_position_embeddings"] or 4096
+        own = {"yarn_original_max_position_embeddings": longest, "yarn_correction_range_round_to_int": True}
+        rope = _rope({**settings, **own, "position_embedding_type": "yarn"})
+    found = {"head_dim": rotated, "num_key_value_heads": settings["num_attention_heads"]}
+    return found | {"latent": latent, "rope_parameters": rope}
 
 
 def _rope(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,6 +166,7 @@ def _rope(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings["position_embedding_type"] == "yarn":
         found |= {
             "rope_type": "yarn",
+            "partial_rotary_factor": 1.0,  # Megatron turns the whole head then
             "factor": settings["rotary_scaling_factor"],
             "original_max_position_embeddings": settings["yarn_original_max_position_embeddings"],
             "beta_fast": settings["yarn_beta_fast"] or 32.0,

@@ -136,7 +136,6 @@ class AnyExpertsModel(AnyExpertsPreTrainedModel):
             importance=torch.stack(importance) if importance else None,
         )
 
-
     def _fill(
         self, embedded_BSH: Tensor, input_ids: Tensor, name: str, codes: tuple, values: Tensor | None, sizes
     ) -> Tensor:

@@ -1,5 +1,6 @@
 """What is trained here goes out as a transformers model that computes the same without this project."""
 
+import ast
 import json
 import os
 import shutil
@@ -35,7 +36,8 @@ LATENT = {"multi-latent-attention": True, "hybrid-layer-pattern": "+-+E+E", "kv-
 MODELS = {
     "static": {},
     "static, fused": {"anyexperts-alpha": 0.3, "moe-router-pre-softmax": True, "add-qkv-bias": True},
-    "dynamic, tied": DYNAMIC | {"untie-embeddings-and-output-weights": None, "anyexperts-learn-alpha": True},
+    "dynamic, tied": DYNAMIC | {"untie-embeddings-and-output-weights": None, "anyexperts-learn-alpha": True}
+    | {"anyexperts-slot-gradient": "none"},
     "identity, sigmoid, shared": DYNAMIC
     | {"anyexperts-rho-max": 0.5, "moe-router-score-function": "sigmoid", "moe-router-enable-expert-bias": True}
     | {"moe-shared-expert-intermediate-size": 16, "qk-layernorm": True, "moe-router-topk-scaling-factor": 2.5},
@@ -53,7 +55,7 @@ MODELS = {
     | {"vision-num-layers": 2, "vision-hidden-size": 16, "vision-ffn-hidden-size": 40, "vision-num-heads": 2}
     | {"vision-patch-size": 2, "audio-num-layers": 1, "audio-hidden-size": 24, "audio-ffn-hidden-size": 56}
     | {"audio-num-heads": 2, "audio-n-mels": 5, "audio-stride": 4, "qk-layernorm": True},
-    "latent": DYNAMIC | LATENT | {"rope-type": "rope"},
+    "latent": DYNAMIC | LATENT | {"rope-type": "rope", "moe-router-score-function": "sqrtsoftplus"},
     "latent queries, yarn": DYNAMIC
     | LATENT
     | {"q-lora-rank": 20, "rope-type": "yarn", "rotary-scaling-factor": 4.0, "mscale": 0.707, "mscale-all-dim": 0.8}
@@ -225,6 +227,21 @@ def test_a_process_without_this_project_computes_the_same_bits(everything, token
         with torch.no_grad():
             assert torch.equal(logits, model.theirs(TOKENS).logits)
         assert said == text
+
+
+def test_the_code_imports_torch_transformers_and_its_neighbours_alone(everything):
+    folder = everything["encoders"].folder / "out"
+    # Pictures come as objects of PIL, and who has none needs none.
+    known = {"torch", "transformers", "PIL", *sys.stdlib_module_names}
+    code = {path.stem: ast.parse(path.read_text()) for path in folder.glob("*.py")}
+    assert len(code) == 8
+    for tree in code.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module in code
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                assert {name.split(".")[0] for name in names} <= known
 
 
 def test_fewer_slots_than_trained_are_a_setting_of_the_export(everything, tokens, tmp_path):
