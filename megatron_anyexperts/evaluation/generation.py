@@ -17,6 +17,7 @@ from megatron_anyexperts.data.microbatch import LOGIT_INPUTS, collate
 from megatron_anyexperts.data.packing import assemble_row
 from megatron_anyexperts.data.samples import Document, Media, Planned, Text
 from megatron_anyexperts.evaluation.known_tokens import KnownTokens
+from megatron_anyexperts.evaluation.without_fp8 import without_fp8
 from megatron_anyexperts.moe.metrics import record_tokens
 
 STOPS = ("<|im_end|>", "<|endoftext|>")
@@ -102,6 +103,8 @@ def decode(
     1. Prefill: the prompt in one pass, with its media.
     2. Each new token in a pass of its own, which reads the cached keys and values of those before it.
 
+    A model trained in FP8 computes without it here; see `without_fp8`.
+
     Args:
         model: whole, in evaluation mode, on one process.
         encoder: as in training.
@@ -123,7 +126,7 @@ def decode(
     row = assemble_row([encoder.decode(prompt)], length, encoder.shape, encoder.vocabulary.special["<|pad|>"])
     inputs = collate([row], []).to(device).select(LOGIT_INPUTS)
     known = KnownTokens(encoder.vocabulary)
-    with torch.no_grad(), InferenceMode.active():
+    with torch.no_grad(), InferenceMode.active(), without_fp8(model):
         context = StaticInferenceContext(1, length + max_new_tokens)
         for _ in range(max_new_tokens):
             logits_V = known(model(**inputs, inference_context=context, runtime_gather_output=True)[0, -1].float())

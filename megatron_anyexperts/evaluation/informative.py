@@ -14,6 +14,7 @@ from megatron_anyexperts.data.informative import picture_id
 from megatron_anyexperts.data.microbatch import LOGIT_INPUTS, collate
 from megatron_anyexperts.data.packing import assemble_row
 from megatron_anyexperts.evaluation.answers import Question
+from megatron_anyexperts.evaluation.without_fp8 import without_fp8
 from megatron_anyexperts.media import IMAGE
 from megatron_anyexperts.moe.metrics import record_tokens
 
@@ -87,7 +88,7 @@ def semantics(
     for question, share in with_masks(questions, masks, encoder.shape):
         batch = alone(encoder, question)
         here_S = batch["token_modality"][0].numpy() == IMAGE
-        with record_tokens() as layers:
+        with record_tokens() as layers, without_fp8(model):
             model(**{name: batch[name].to(torch.cuda.current_device()) for name in LOGIT_INPUTS})
         shares.append(share)
         for number, [record] in layers.items():

@@ -18,6 +18,7 @@ from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
@@ -41,7 +42,7 @@ from megatron_anyexperts.moe.spec import moe_spec
 
 
 class AnyExpertsStack(HybridStack):
-    """Megatron's hybrid layer stack whose final norm comes from the spec.
+    """Megatron's hybrid layer stack whose final norm comes from the spec, and which recomputes only what it has.
 
     Megatron-Core 0.19 builds a Transformer Engine norm there whatever the spec says.
 
@@ -64,6 +65,10 @@ class AnyExpertsStack(HybridStack):
         self.post_layer_norm = post_layer_norm
         if post_process and post_layer_norm:
             self.final_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+        for layer in self.layers:
+            if isinstance(getattr(layer, "mlp", None), IdentityOp):
+                # Attention's missing MLP: Megatron recomputes it too, which fails under FP8, as it holds no FP8 layer.
+                layer.recompute_mlp = False
 
 
 def uses_transformer_engine(config: TransformerConfig) -> bool:

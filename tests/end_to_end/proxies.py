@@ -61,13 +61,14 @@ WITH_TRANSFORMER_ENGINE = {
 def proxy(config: Mapping[str, Any], transformer_engine: bool = False) -> dict[str, Any]:
     """Shrink a configuration; whatever no table names stays as the file has it."""
     small = dict(config)
+    floor = 32 if transformer_engine else 16  # FP8 multiplies multiples of 16, also where two ranks share a width
     for key, largest in LARGEST.items():
         if key in small:
             small[key] = min(small[key], largest)
     for width, (narrow, followers) in WIDTHS.items():
         if small.get(width, 0) > narrow:
             for key in filter(small.__contains__, followers):
-                small[key] = max(16, small[key] * narrow // small[width])
+                small[key] = max(floor, small[key] * narrow // small[width])
             small[width] = narrow
     if "kv-channels" in small:
         small["kv-channels"] = small["hidden-size"] // small["num-attention-heads"]

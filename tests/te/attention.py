@@ -1,4 +1,4 @@
-"""Stands for the attention kernels, with the checks of what they take."""
+"""Stands for the kernels of attention and rotary positions, with the checks of what they take."""
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -58,3 +58,33 @@ class ReferenceAttention(torch.nn.Module):
             query, key, value, is_causal=causal, scale=self.softmax_scale, enable_gqa=query.size(-3) != key.size(-3)
         )
         return attended.movedim(-2, 0)
+
+
+def fused_rope_forward(x, freqs, starts, layout, interleaved, borders, cp_size, _cp_rank):
+    """Turn `x [T, N, D]` or `[S, B, N, D]` by fp32 angles `freqs [P, 1, 1, R]`, counted from each document's start."""
+    if starts is not None or interleaved or cp_size > 1:
+        raise NotImplementedError("the reference turns halves, from position 0, on one context-parallel rank")
+    angles = freqs.flatten(1)
+    if layout.name == "NVTE_THD":
+        angles = torch.cat([angles[:length] for length in borders.diff().tolist()])[:, None]
+    elif layout.name == "NVTE_SBHD":
+        angles = angles[: len(x), None, None]
+    else:
+        raise NotImplementedError(f"{layout}")
+    turned, rest = x[..., : angles.size(-1)].float(), x[..., angles.size(-1) :]
+    first, second = turned.chunk(2, -1)
+    turned = turned * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
+    return torch.cat((turned.to(x.dtype), rest), -1)
+
+
+def fused_rope_backward(grad, freqs, *others):
+    """Turn back."""
+    return fused_rope_forward(grad, -freqs, *others)
+
+
+OPERATORS = {
+    "flash_attention": ReferenceAttention,
+    "get_attention_backend": get_attention_backend,
+    "fused_rope_forward": fused_rope_forward,
+    "fused_rope_backward": fused_rope_backward,
+}

@@ -5,6 +5,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from tests.end_to_end.conftest import corpus  # noqa: F401
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if find_spec("transformer_engine") is None:

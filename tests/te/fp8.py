@@ -63,9 +63,7 @@ def _scale(x: torch.Tensor, quantizer, largest: float) -> torch.Tensor:
 
 def quantize(tensor, quantizer, out=None, noop=None):
     """Cast a tensor, into `out` where given; unchanged where `noop` is set."""
-    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
-    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
-
+    quantize.calls += 1
     if noop is not None and noop.item():
         return out
     x, kind = tensor.detach().float(), _format(quantizer.dtype)
@@ -78,24 +76,45 @@ def quantize(tensor, quantizer, out=None, noop=None):
         if out._data is not None:
             out._data.copy_(data.view_as(out._data))
         if out._transpose is not None:
-            out._transpose.copy_(_transpose(data).view_as(out._transpose))
+            fp8_transpose(data, quantizer.dtype, out._transpose)
             out._transpose_invalid = False
         return out
+    transpose = fp8_transpose(data, quantizer.dtype) if quantizer.columnwise_usage else None
+    return _wrap(tensor, quantizer, data if quantizer.rowwise_usage else None, transpose, inverse)
+
+
+quantize.calls = 0
+
+
+def _wrap(like, quantizer, data, transpose, inverse):
+    """What Transformer Engine calls an FP8 tensor of the values in `data` or `transpose`, uint8."""
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
+    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
+
     fields = {
-        "data": data if quantizer.rowwise_usage else None,
-        "data_transpose": _transpose(data) if quantizer.columnwise_usage else None,
+        "data": data,
+        "data_transpose": transpose,
         "fp8_scale_inv": inverse,
         "fp8_dtype": quantizer.dtype,
         "quantizer": quantizer,
     }
     if quantizer.internal:
-        return Float8TensorStorage(fake_dtype=tensor.dtype, **fields)
-    return Float8Tensor(shape=tensor.shape, dtype=tensor.dtype, device=tensor.device, requires_grad=False, **fields)
+        return Float8TensorStorage(fake_dtype=like.dtype, **fields)
+    return Float8Tensor(shape=like.shape, dtype=like.dtype, device=torch.device("cpu"), requires_grad=False, **fields)
 
 
-def _transpose(data: torch.Tensor) -> torch.Tensor:
-    """[..., H] -> [H, ...]."""
-    return data.movedim(-1, 0).contiguous()
+def create_empty_quantized_tensor(quantizer, size, dtype, _device, _pin_memory):
+    """Memory for the result of a cast or an exchange."""
+    data = torch.empty(size, dtype=torch.uint8)
+    transpose = fp8_transpose(data, quantizer.dtype) if quantizer.columnwise_usage else None
+    like = torch.empty(size, dtype=dtype, device="meta")
+    return _wrap(like, quantizer, data if quantizer.rowwise_usage else None, transpose, torch.ones(1))
+
+
+def fp8_transpose(data, _dtype, out=None):
+    """uint8 [..., H] -> [H, ...]."""
+    turned = data.movedim(-1, 0)
+    return turned.contiguous() if out is None else out.copy_(turned.reshape(out.shape))
 
 
 def split_quantize(tensor, lengths, quantizers, disable_bulk_allocation=False):
@@ -127,6 +146,8 @@ def fused_amax_and_scale_update_after_reduction(amax, histories, scales, algorit
 
 OPERATORS = {
     "quantize": quantize,
+    "create_empty_quantized_tensor": create_empty_quantized_tensor,
+    "fp8_transpose": fp8_transpose,
     "split_quantize": split_quantize,
     "bgrad_quantize": bgrad_quantize,
     "dequantize": dequantize,

@@ -18,9 +18,7 @@ def multi_tensor_l2norm(_chunk, _overflow, lists, per_tensor=False):
     return norms.norm().view(1), norms if per_tensor else norms.new_zeros(0)
 
 
-def multi_tensor_adam(
-    _chunk, _overflow, lists, lr, beta1, beta2, eps, step, decoupled, bias_correction, weight_decay
-):
+def multi_tensor_adam(_chunk, _overflow, lists, lr, beta1, beta2, eps, step, decoupled, bias_correction, weight_decay):
     """`lists`: gradients, parameters, both moments and, for parameters of low precision, their fp32 masters."""
     first = 1 - beta1 ** float(step) if bias_correction else 1.0
     second = 1 - beta2 ** float(step) if bias_correction else 1.0

@@ -8,12 +8,14 @@ Transformer Engine is right. What is replaced, and what a test over it therefore
 - `generic_gemm`, `te_general_grouped_gemm`: products in fp32, rounded once. FP8 operands are multiplied as the numbers
   they stand for; sizes that cuBLAS refuses are refused. No split accumulators, no overlapped communication, no GELU.
 - `rmsnorm_fwd`, `rmsnorm_bwd`: in fp32.
-- `quantize`, `split_quantize`, `bgrad_quantize`, `dequantize`: `tests/te/fp8.py`, per tensor. Blocks are refused.
+- `quantize`, `split_quantize`, `bgrad_quantize`, `dequantize`, `create_empty_quantized_tensor`, `fp8_transpose`:
+  `tests/te/fp8.py`, with one scale a tensor. Blocks are refused.
 - `fused_amax_and_scale_update_after_reduction`: as Transformer Engine's unfused form of it computes.
 - `fused_multi_row_padding`, `fused_multi_row_unpadding`: copies.
 - `multi_tensor_adam`, `multi_tensor_scale`, `multi_tensor_scale_tensor`, `multi_tensor_l2norm`: loops.
 - `flash_attention`, `get_attention_backend`: always taken, and always torch's attention, document by document, after
   the checks of dtypes and lengths that the kernels rely on. Which backend a GPU would choose is not shown.
+- `fused_rope_forward`, `fused_rope_backward`: in fp32, document by document.
 - what Transformer Engine alone, of all callers, sees of the device: CUDA is there, tensors lie on it, its generator is
   the CPU's. The capability is 9.0 for everybody. Streams, graphs and all else that is asynchronous do not exist.
 
@@ -27,8 +29,7 @@ from typing import Any
 
 import torch
 
-from tests.te import fp8, optimizers
-from tests.te.attention import ReferenceAttention, get_attention_backend
+from tests.te import attention, fp8, optimizers
 
 GPU = SimpleNamespace(major=9, minor=0, name="reference", multi_processor_count=132, total_memory=80 << 30)
 
@@ -126,8 +127,7 @@ OPERATORS = {
     "rmsnorm_bwd": rmsnorm_bwd,
     "fused_multi_row_padding": fused_multi_row_padding,
     "fused_multi_row_unpadding": fused_multi_row_unpadding,
-    "flash_attention": ReferenceAttention,
-    "get_attention_backend": get_attention_backend,
+    **attention.OPERATORS,
     **fp8.OPERATORS,
     **optimizers.OPERATORS,
 }

@@ -27,9 +27,7 @@ COPIES = {"anyexperts_balance": "copies", "anyexperts_copies_eps": 0.0, "anyexpe
 
 
 def _build(rank: int, ranks: int, dtype: torch.dtype, **options) -> Net:
-    cfg = config(
-        **SHAPE, **options, expert_model_parallel_size=ranks, params_dtype=dtype, bf16=dtype == torch.bfloat16
-    )
+    cfg = config(**SHAPE, **options, expert_model_parallel_size=ranks, params_dtype=dtype, bf16=dtype == torch.bfloat16)
     net = Net(cfg)
     with torch.no_grad():
         for number, (name, parameter) in enumerate(sorted(net.named_parameters())):
