@@ -20,6 +20,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_anyexperts.checks.launches import Counted, count_ours, count_stock
 from megatron_anyexperts.platform import cpu
 
+ROUTER_ALONE = ("budget slack", "centred gradient", "z-loss")
+"""Variants whose other parts are those of a row before."""
+
 
 def main() -> None:
     """Print one row for each part and implementation."""
@@ -34,11 +37,16 @@ def main() -> None:
             "Megatron": count_stock(),
             "ours, operators": count_ours(anyexperts_kernels="off"),
             "ours, kernels": count_ours(anyexperts_kernels="on"),
+            "ours, kernels, budget slack": count_ours(anyexperts_kernels="on", anyexperts_budget_slack=1.1),
+            "ours, kernels, centred gradient": count_ours(
+                anyexperts_kernels="on", anyexperts_importance_gradient="centred"
+            ),
+            "ours, kernels, z-loss": count_ours(anyexperts_kernels="on", moe_z_loss_coeff=1e-3),
             "ours, kernels, cap": count_ours(anyexperts_kernels="on", anyexperts_dispatch_eps=0.1),
         }
         for part in ("router", "dispatch", "figures"):
             for name, counted in variants.items():
-                if part in counted:
+                if part in counted and (part == "router" or name.split(", ")[-1] not in ROUTER_ALONE):
                     print(_row(part, name, counted[part]))
         torch.distributed.destroy_process_group()
 

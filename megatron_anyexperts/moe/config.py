@@ -156,8 +156,6 @@ class AnyExpertsConfig(TransformerConfig):
         reasons = {
             "Triton is not installed": not HAS_TRITON,
             "static routing is Megatron's own": self.anyexperts_static,
-            "anyexperts_budget_slack ranks all tokens of the microbatch": self.anyexperts_budget_slack is not None,
-            "anyexperts_importance_gradient is not plain": self.anyexperts_importance_gradient != "plain",
             "it computes in fp32": self.moe_router_dtype == "fp64",
         }
         return next((reason for reason, holds in reasons.items() if holds), None)

@@ -6,90 +6,31 @@ A program works on a few tokens and all columns. It never gathers: each column g
 
 SCORE: 0 softmax after the choice, 1 softmax before it, 2 sigmoid, 3 sqrtsoftplus. GRADIENT of the slot count:
 0 fractional, 1 straight-through, 2 none. MASK: 0 none, 1 bool, 2 weights. E2, V2, G2: powers of two that hold as many.
+TRIMMED: slots are given. Z: with the sum of the z-loss. CENTRED: with what the gates leave of importance's gradient.
 """
 
 import triton
 import triton.language as tl
 
+from megatron_anyexperts.moe.score_kernels import best_groups, derivative, pointwise, scores, softmax
+from megatron_anyexperts.moe.slots_kernel import taking_part, wanted_slots
+
 # Columns of the sums that each program leaves.
-SUMS = ("importance", "importance_squared", "soft", "slots", "tokens", "slots", "real", "movable", "weight")
+SUMS = ("importance", "importance_squared", "soft", "slots", "tokens", "slots", "real", "movable", "weight", "z")
+_COLUMNS = tl.constexpr(len(SUMS))
 _NEVER = tl.constexpr(1e9)
 
 
 @triton.jit
-def _pointwise(x, SCORE: tl.constexpr):
-    if SCORE == 2:
-        return tl.sigmoid(x)
-    else:
-        # softplus, as torch takes it: x itself above 20
-        return tl.sqrt(tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0)))))
-
-
-@triton.jit
-def _derivative(x, score, SCORE: tl.constexpr):
-    if SCORE == 2:
-        return score * (1.0 - score)
-    else:
-        return tl.where(x > 20.0, 1.0, tl.sigmoid(x)) / (2.0 * score)
-
-
-@triton.jit
-def _scores(real, virtual, in_real, in_virtual, SCORE: tl.constexpr):
-    """Scores of real and virtual columns; 0 outside."""
-    if SCORE == 0:
-        score, virtual_score = real, virtual
-    elif SCORE == 1:
-        top = tl.maximum(
-            tl.max(tl.where(in_real, real, -float("inf")), 1), tl.max(tl.where(in_virtual, virtual, -float("inf")), 1)
-        )
-        score = tl.exp(real - top[:, None])
-        virtual_score = tl.exp(virtual - top[:, None])
-        total = tl.sum(tl.where(in_real, score, 0.0), 1) + tl.sum(tl.where(in_virtual, virtual_score, 0.0), 1)
-        score = score / total[:, None]
-        virtual_score = virtual_score / total[:, None]
-    else:
-        score, virtual_score = _pointwise(real, SCORE), _pointwise(virtual, SCORE)
-    return tl.where(in_real, score, 0.0), tl.where(in_virtual, virtual_score, 0.0)
-
-
-@triton.jit
-def _best_groups(
-    selection, column, E: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, KEEP: tl.constexpr, PER: tl.constexpr
-):
-    """Columns of the KEEP groups whose best PER columns have the largest sum."""
-    group = column // (E // G)
-    number = tl.arange(0, G2)[None, :]
-    score = tl.where(number < G, 0.0, -float("inf")) + tl.zeros([selection.shape[0], 1], tl.float32)
-    for g in range(G):
-        rest = tl.where(group == g, selection, -float("inf"))
-        for _ in tl.static_range(PER):
-            best = tl.max(rest, 1)
-            place = tl.argmax(rest, 1)
-            score = tl.where(number == g, score + best[:, None], score)
-            rest = tl.where(column == place[:, None], -float("inf"), rest)
-    allowed = tl.zeros(selection.shape, tl.int1)
-    for _ in range(KEEP):
-        chosen = tl.argmax(score, 1)
-        allowed = allowed | (group == chosen[:, None])
-        score = tl.where(number == chosen[:, None], -float("inf"), score)
-    return allowed
-
-
-@triton.jit
-def _soft(importance, offset, K_MIN: tl.constexpr, K_MAX: tl.constexpr):
-    return K_MIN + (K_MAX - K_MIN) * tl.minimum(tl.maximum(importance + offset, 0.0), 1.0)
-
-
-@triton.jit
 def route_forward(
-    logits_ptr, importance_ptr, mask_ptr, offset_ptr, virtual_bias_ptr, expert_bias_ptr, real_first_ptr,
+    logits_ptr, importance_ptr, mask_ptr, given_ptr, offset_ptr, virtual_bias_ptr, expert_bias_ptr, real_first_ptr,
     virtual_first_ptr, gates_ptr, map_ptr, probs_ptr, virtual_gate_ptr, virtual_used_ptr, last_ptr, clean_ptr,
     soft_ptr, slots_ptr, weight_ptr, valid_ptr, broken_ptr, sums_ptr,
     T, stride,
     E: tl.constexpr, E2: tl.constexpr, V: tl.constexpr, V2: tl.constexpr, MOST_VIRTUAL: tl.constexpr,
     K_MIN: tl.constexpr, K_MAX: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, KEEP: tl.constexpr,
     PER: tl.constexpr, SCORE: tl.constexpr, GRADIENT: tl.constexpr, SCALE: tl.constexpr, MASK: tl.constexpr,
-    BIASED: tl.constexpr, PROBS: tl.constexpr, TOKENS: tl.constexpr,
+    BIASED: tl.constexpr, PROBS: tl.constexpr, TRIMMED: tl.constexpr, Z: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     here = token < T
@@ -103,32 +44,26 @@ def route_forward(
     importance = tl.load(importance_ptr + token, here, 0.5)
 
     # Which tokens take part.
-    total = tl.sum(real, 1) + tl.sum(virtual, 1) + importance
-    finite = total - total == 0.0
-    weight = finite.to(tl.float32)
-    if MASK == 1:
-        weight = tl.where(tl.load(mask_ptr + token, here, 1) != 0, 0.0, weight)
-    if MASK == 2:
-        weight = tl.load(mask_ptr + token, here, 0.0) * weight
-    weight = tl.where(here, weight, 0.0)
+    finite, weight = taking_part(real, virtual, importance, here, token, mask_ptr, MASK)
     valid = weight > 0.0
     real = tl.where(finite[:, None], real, 0.0)
     virtual = tl.where(finite[:, None], virtual, 0.0)
     importance = tl.where(finite, importance, 0.5)
 
     # How many slots.
-    soft = _soft(importance, tl.load(offset_ptr), K_MIN, K_MAX)
-    slots = tl.ceil(soft) if GRADIENT == 0 else tl.floor(soft + 0.5)
+    soft, slots = wanted_slots(importance, tl.load(offset_ptr), K_MIN, K_MAX, GRADIENT)
+    if TRIMMED:
+        slots = tl.load(given_ptr + token, here, 0).to(tl.float32)
     filled = tl.maximum(slots, 1.0)
 
     # What columns are ranked by.
-    score, virtual_score = _scores(real, virtual, in_real, in_virtual, SCORE)
+    score, virtual_score = scores(real, virtual, in_real, in_virtual, SCORE)
     selection = score
     if BIASED:
         selection = selection + tl.load(expert_bias_ptr + column, column < E, 0.0)
     selection = tl.where(in_real, selection, -float("inf"))
     if KEEP > 0:
-        allowed = _best_groups(selection, column, E, G, G2, KEEP, PER)
+        allowed = best_groups(selection, column, E, G, G2, KEEP, PER)
         selection = tl.where(allowed, selection, -float("inf"))
     virtual_bias = tl.load(virtual_bias_ptr)
     if SCORE == 0:
@@ -136,7 +71,7 @@ def route_forward(
     elif SCORE == 1:
         virtual_selection = virtual_score * tl.exp(virtual_bias)
     else:
-        virtual_selection = _pointwise(virtual + virtual_bias, SCORE)
+        virtual_selection = pointwise(virtual + virtual_bias, SCORE)
 
     # The best virtual columns; the others never win.
     rest = tl.where(in_virtual, virtual_selection, -float("inf"))
@@ -170,7 +105,7 @@ def route_forward(
     virtual_used = in_virtual & (virtual_entry <= filled[:, None])
     is_last = used & (entry == filled[:, None])
     virtual_last = virtual_used & (virtual_entry == filled[:, None])
-    last = soft - (filled - 1.0) if GRADIENT == 0 else tl.zeros([TOKENS], tl.float32) + 1.0
+    last = tl.minimum(soft - (filled - 1.0), 1.0) if GRADIENT == 0 else tl.zeros([TOKENS], tl.float32) + 1.0
     factor = tl.where(is_last, last[:, None], 1.0)
     virtual_factor = tl.where(virtual_last, last[:, None], 1.0)
     if SCORE == 0:
@@ -217,7 +152,7 @@ def route_forward(
     counted = valid.to(tl.float32)
     centred = (importance - 0.5) * counted
     movable = valid & (soft > K_MIN) & (soft < K_MAX)
-    sums_ptr += tl.program_id(0) * 9
+    sums_ptr += tl.program_id(0) * _COLUMNS
     tl.store(sums_ptr, tl.sum(centred, 0))
     tl.store(sums_ptr + 1, tl.sum(centred * centred, 0))
     tl.store(sums_ptr + 2, tl.sum(soft * counted, 0))
@@ -227,17 +162,22 @@ def route_forward(
     tl.store(sums_ptr + 6, tl.sum(tl.sum(used.to(tl.float32), 1), 0))
     tl.store(sums_ptr + 7, tl.sum(movable.to(tl.float32), 0))
     tl.store(sums_ptr + 8, tl.sum(weight, 0))
+    squares = tl.zeros([TOKENS], tl.float32)
+    if Z:
+        _, _, size = softmax(real, virtual, in_real, in_virtual)
+        squares = size * size * weight
+    tl.store(sums_ptr + 9, tl.sum(squares, 0))
 
 
 @triton.jit
 def route_backward(
-    logits_ptr, clean_ptr, soft_ptr, slots_ptr, valid_ptr, broken_ptr, map_ptr, virtual_used_ptr, last_ptr, offset_ptr,
+    logits_ptr, clean_ptr, soft_ptr, slots_ptr, weight_ptr, broken_ptr, map_ptr, virtual_used_ptr, last_ptr, offset_ptr,
     d_gates_ptr, d_virtual_gate_ptr, d_probs_ptr, d_sums_ptr,
-    d_logits_ptr, d_importance_ptr,
+    d_logits_ptr, d_importance_ptr, from_gates_ptr,
     T, stride, out_stride,
     E: tl.constexpr, E2: tl.constexpr, V: tl.constexpr, V2: tl.constexpr, COLUMNS: tl.constexpr,
     K_MIN: tl.constexpr, K_MAX: tl.constexpr, SCORE: tl.constexpr, GRADIENT: tl.constexpr, SCALE: tl.constexpr,
-    PROBS: tl.constexpr, TOKENS: tl.constexpr,
+    PROBS: tl.constexpr, Z: tl.constexpr, CENTRED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     here = token < T
@@ -246,7 +186,8 @@ def route_backward(
     in_real = here[:, None] & (column < E)
     in_virtual = here[:, None] & (virtual_column < V)
     broken = tl.load(broken_ptr + token, here, 0) != 0
-    valid = tl.load(valid_ptr + token, here, 0) != 0
+    weight = tl.load(weight_ptr + token, here, 0.0)
+    valid = weight > 0.0
     whole = (here & (broken == 0))[:, None]
     row = token.to(tl.int64)[:, None] * stride
     real = tl.load(logits_ptr + row + column, in_real & whole, 0.0).to(tl.float32)
@@ -262,10 +203,10 @@ def route_backward(
     d_virtual = tl.load(d_virtual_gate_ptr + token, here, 0.0)[:, None] * SCALE
     d_virtual = tl.where(virtual_used, d_virtual, 0.0)
     is_last, virtual_last = used & (column == place), virtual_used & (E + virtual_column == place)
-    last = soft - (filled - 1.0) if GRADIENT == 0 else tl.zeros([TOKENS], tl.float32) + 1.0
+    last = tl.minimum(soft - (filled - 1.0), 1.0) if GRADIENT == 0 else tl.zeros([TOKENS], tl.float32) + 1.0
     factor = tl.where(is_last, last[:, None], 1.0)
     virtual_factor = tl.where(virtual_last, last[:, None], 1.0)
-    score, virtual_score = _scores(real, virtual, in_real, in_virtual, SCORE)
+    score, virtual_score = scores(real, virtual, in_real, in_virtual, SCORE)
 
     # From gates to scores (for post-softmax to logits), and to the factor of the last slot.
     if SCORE == 0:
@@ -292,6 +233,8 @@ def route_backward(
             d_gate, d_virtual = d_gate / norm[:, None], d_virtual / norm[:, None]
     d_last = tl.sum(tl.where(is_last, d_gate * part, 0.0), 1)
     d_last += tl.sum(tl.where(virtual_last, d_virtual * virtual_part, 0.0), 1)
+    if GRADIENT == 0:  # a slot that stands behind others which a budget took is whole
+        d_last = tl.where(soft - (filled - 1.0) > 1.0, 0.0, d_last)
     if SCORE == 0:
         d_real, d_virtual = d_gate * part * factor, d_virtual * virtual_part * virtual_factor
     else:
@@ -306,13 +249,17 @@ def route_backward(
         mean = tl.sum(d_real * score, 1) + tl.sum(d_virtual * virtual_score, 1)
         d_real, d_virtual = score * (d_real - mean[:, None]), virtual_score * (d_virtual - mean[:, None])
     if SCORE >= 2:
-        d_real = tl.where(in_real, d_real * _derivative(real, score, SCORE), 0.0)
-        d_virtual = tl.where(in_virtual, d_virtual * _derivative(virtual, virtual_score, SCORE), 0.0)
+        d_real = tl.where(in_real, d_real * derivative(real, score, SCORE), 0.0)
+        d_virtual = tl.where(in_virtual, d_virtual * derivative(virtual, virtual_score, SCORE), 0.0)
     if PROBS and SCORE < 2:
         top = tl.max(tl.where(in_real, real, -float("inf")), 1)
         probs = tl.where(in_real, tl.exp(real - top[:, None]), 0.0)
         probs = probs / tl.where(here, tl.sum(probs, 1), 1.0)[:, None]
         d_real += probs * (d_probs - tl.sum(d_probs * probs, 1)[:, None])
+    if Z:
+        part, virtual_part, size = softmax(real, virtual, in_real, in_virtual)
+        d_size = (2.0 * tl.load(d_sums_ptr + 9) * size * weight)[:, None]
+        d_real, d_virtual = d_real + d_size * part, d_virtual + d_size * virtual_part
     d_real = tl.where(whole & valid[:, None], d_real, 0.0)
     d_virtual = tl.where(whole & valid[:, None], d_virtual, 0.0)
     out = token.to(tl.int64)[:, None] * out_stride
@@ -325,8 +272,11 @@ def route_backward(
     inside = importance + tl.load(offset_ptr)
     slope = tl.where((inside >= 0.0) & (inside <= 1.0), K_MAX - K_MIN, 0.0)
     counted = (valid & (broken == 0)).to(tl.float32)
-    d_soft = tl.load(d_sums_ptr + 2) + tl.zeros([TOKENS], tl.float32)
+    from_gates = tl.zeros([TOKENS], tl.float32)
     if GRADIENT != 2:
-        d_soft += d_last
-    d_importance = tl.load(d_sums_ptr) + 2.0 * (importance - 0.5) * tl.load(d_sums_ptr + 1) + d_soft * slope
-    tl.store(d_importance_ptr + token, d_importance * counted, here)
+        from_gates = tl.where(here, d_last * slope * counted, 0.0)
+    if CENTRED:
+        tl.store(from_gates_ptr + tl.program_id(0), tl.sum(from_gates, 0))
+    d_importance = tl.load(d_sums_ptr) + 2.0 * (importance - 0.5) * tl.load(d_sums_ptr + 1)
+    d_importance += tl.load(d_sums_ptr + 2) * slope
+    tl.store(d_importance_ptr + token, d_importance * counted + from_gates, here)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_anyexperts.moe.controllers import RouterControl
 from megatron_anyexperts.moe.decision import RoutingDecision
-from megatron_anyexperts.moe.fused_route import route
+from megatron_anyexperts.moe.fused_route import Learns, route
 from megatron_anyexperts.moe.importance import CentredGradient
 from megatron_anyexperts.moe.kernels import has_kernels
 from megatron_anyexperts.moe.losses import TokenWeights
@@ -194,10 +194,9 @@ class AnyExpertsRouter(KeepsPrecision, RouterLosses):
         )
 
     def _fuses(self, tensor: Tensor) -> bool:
-        # With a load cap the gates that a slot would get elsewhere are needed too; a z-loss reads the logits before.
+        # With a load cap the gates that a slot would get elsewhere are needed too.
         here = has_kernels(self.config.anyexperts_kernels, tensor)
-        z_loss = self.config.moe_z_loss_coeff is not None and self.training
-        return self.fusible and here and not self.needs_fallback and not z_loss
+        return self.fusible and here and not self.needs_fallback
 
     def _decide_fused(self, logits: Tensor, padding_mask: Tensor | None, importance_T: Tensor) -> RoutingDecision:
         """`decide` with stages 2 to 4, and the sums that stage 5 needs, in one kernel."""
@@ -206,6 +205,7 @@ class AnyExpertsRouter(KeepsPrecision, RouterLosses):
         logits_TC = logits.reshape(-1, logits.shape[-1])
         mask_T = None if padding_mask is None else padding_mask.reshape(-1)
         learns = self.training and torch.is_grad_enabled()
+        centred = config.anyexperts_importance_gradient == "centred" and importance_T.requires_grad
         fused = route(
             config,
             logits_TC,
@@ -213,12 +213,18 @@ class AnyExpertsRouter(KeepsPrecision, RouterLosses):
             mask_T,
             (self.control.slot_offset, self.control.virtual_bias),
             self.expert_bias,
-            learns and self.is_aux_loss_enabled(),
+            Learns(
+                probs=learns and self.is_aux_loss_enabled(),
+                z_loss=learns and config.moe_z_loss_coeff is not None,
+                budget=self.training and config.anyexperts_budget_slack is not None,
+                centred_over=self.tp_cp_group if centred else None,
+            ),
         )
         sums = fused.sums.detach()
         self.tokens = TokenWeights(fused.weight_T, fused.valid_T, sums[8])
         gates_TE = fused.gates_TE
         if learns:
+            gates_TE = self.attach_z_loss(gates_TE, fused.sums[9])
             if self.is_aux_loss_enabled():
                 gates_TE = self.attach_balance_losses(gates_TE, fused.probs_TE, fused.map_TE, seq_length, batch)
             if self.has_importance_losses(importance_T):

@@ -10,7 +10,15 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_anyexperts.moe.losses import TokenWeights, balance_loss, budget_loss, shared_mean, spread_loss, z_loss
+from megatron_anyexperts.moe.losses import (
+    LEAST_WEIGHT,
+    TokenWeights,
+    balance_loss,
+    budget_loss,
+    shared_mean,
+    spread_loss,
+    z_loss,
+)
 
 if TYPE_CHECKING:
     from megatron_anyexperts.moe.config import AnyExpertsConfig
@@ -42,6 +50,14 @@ class RouterLosses(TopKRouter):
             return logits
         loss = z_loss(logits, self.tokens, self.tp_cp_group)
         return self._attach(logits, "z_loss", coeff, coeff * loss, self.tp_cp_group, reduce_group=self.tp_cp_group)
+
+    def attach_z_loss(self, gates_TE: Tensor, squares: Tensor) -> Tensor:
+        """The same from the local sum of weighted squares, attached to the gates."""
+        coeff, group = self.config.moe_z_loss_coeff, self.tp_cp_group
+        if coeff is None:
+            return gates_TE
+        loss = coeff * squares / self.tokens.total(group).clamp(min=LEAST_WEIGHT)
+        return self._attach(gates_TE, "z_loss", coeff, loss, group, reduce_group=group)
 
     def attach_and_log_load_balancing_loss(
         self,

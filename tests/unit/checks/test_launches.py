@@ -15,10 +15,29 @@ def ours(one_rank):
     return count_ours(anyexperts_kernels="on")
 
 
-def test_the_router_launches_at_most_a_third_more_than_megatrons(stock, ours):
+def assert_few(stock, ours, factor: float) -> None:
     for direction in ("forward", "backward"):
         theirs, mine = (getattr(counted["router"], direction).launches.total() for counted in (stock, ours))
-        assert mine <= 1.3 * theirs, (direction, mine, theirs)
+        assert mine <= factor * theirs, (direction, mine, theirs)
+
+
+def test_the_router_launches_at_most_a_third_more_than_megatrons(stock, ours):
+    assert_few(stock, ours, 1.3)
+
+
+@pytest.mark.parametrize(
+    ("option", "factor"),
+    [
+        ({"anyexperts_importance_gradient": "centred"}, 1.3),
+        ({"moe_z_loss_coeff": 1e-3}, 1.3),
+        ({"anyexperts_budget_slack": 1.1}, 1.6),
+    ],
+    ids=str,
+)
+def test_centred_gradient_z_loss_and_budget_stay_within_the_kernels(stock, option, factor):
+    counted = count_ours(anyexperts_kernels="on", **option)
+    assert_few(stock, counted, factor)
+    assert not counted["router"].forward.waits and not counted["router"].backward.waits
 
 
 def test_figures_are_one_launch(ours):

@@ -88,20 +88,24 @@ ranges = st.integers(1, 4).flatmap(lambda low: st.tuples(st.just(low), st.intege
     slots=ranges,
     rho_max=st.sampled_from([0.0, 0.34, 0.5]),
     gradient=st.sampled_from(["fractional", "straight_through", "none"]),
-    losses=st.sampled_from([{}, LOSSES]),
+    losses=st.sampled_from([{}, LOSSES, {"moe_z_loss_coeff": 0.3}, LOSSES | {"moe_z_loss_coeff": 0.3}]),
+    slack=st.sampled_from([None, 1.0]),
+    centred=st.booleans(),
     shape=st.tuples(st.integers(0, 9999), st.integers(1, 7), st.integers(1, 3)),
     masked=st.sampled_from(["none", "bool", "weights"]),
     broken=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_it_is_what_the_operators_define(
-    one_rank, score, grouped, slots, rho_max, gradient, losses, shape, masked, broken, dtype
+    one_rank, score, grouped, slots, rho_max, gradient, losses, slack, centred, shape, masked, broken, dtype
 ):
     low, high = slots
     options = score | grouped | losses
     options |= {"anyexperts_k_min": low, "anyexperts_k_max": high, "anyexperts_rho_max": rho_max}
     options |= {"anyexperts_slot_gradient": gradient, "anyexperts_virtual_experts": 3 if rho_max else 0}
     options |= {"anyexperts_target_slots": (low + high) / 2}
+    options |= {"anyexperts_budget_slack": slack}
+    options |= {"anyexperts_importance_gradient": "centred" if centred and gradient != "none" else "plain"}
     if config(**options).anyexperts_no_kernel is None:  # else it is static
         assert_alike(options, inputs(*shape, masked, broken), dtype)
 
@@ -113,13 +117,29 @@ def test_any_number_of_experts_and_virtual_columns(one_rank, experts):
     assert_alike(options, inputs(0, 5, 2, "none", False))
 
 
+BASE = {"anyexperts_k_min": 1, "anyexperts_rho_max": 0.34, "anyexperts_target_slots": 2.2}
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"anyexperts_budget_slack": 1.0},
+        {"anyexperts_importance_gradient": "centred"},
+        {"moe_z_loss_coeff": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("masked", ["none", "weights"])
+def test_budget_centred_gradient_and_z_loss_act_and_are_alike(one_rank, option, masked):
+    given = inputs(3, 9, 2, masked, True)
+    without, with_option = (run("on", BASE | each, given, torch.float32) for each in ({}, option))
+    assert not all(torch.equal(a, b) for a, b in zip(without, with_option, strict=True))
+    assert build("on", BASE | option)._fuses(given[0])
+    assert_alike(BASE | option, given)
+
+
 def test_what_the_kernel_cannot_do_is_said():
-    for options, reason in (
-        ({"anyexperts_budget_slack": 1.1, "anyexperts_target_slots": 2}, "budget_slack"),
-        ({"anyexperts_importance_gradient": "centred"}, "importance_gradient"),
-        ({"moe_router_dtype": "fp64"}, "fp32"),
-    ):
-        assert reason in config(anyexperts_k_min=1, **options).anyexperts_no_kernel
+    assert "fp32" in config(anyexperts_k_min=1, moe_router_dtype="fp64").anyexperts_no_kernel
     assert "static" in static().anyexperts_no_kernel
 
 
@@ -127,17 +147,21 @@ COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from megatron_anyexperts.moe import route_kernels as kernels
+from megatron_anyexperts.moe.slots_kernel import token_slots
 
 sizes = {"E": 256, "E2": 256, "V": 2, "V2": 8, "K_MIN": 8, "K_MAX": 12, "SCALE": 2.5, "TOKENS": 4, "PROBS": True}
 sizes |= {"MOST_VIRTUAL": 2, "G": 8, "G2": 8, "KEEP": 4, "PER": 2, "MASK": 2, "BIASED": True, "COLUMNS": 264}
+sizes |= {"TRIMMED": True, "Z": True, "CENTRED": True, "C": 258, "C2": 512}
 flags = {name + "_ptr": "*i1" for name in ("map", "virtual_used", "valid", "broken")}
-types = flags | {"last_ptr": "*i32", "slots_ptr": "*i64", "T": "i32", "stride": "i32", "out_stride": "i32"}
+types = flags | {name: "i32" for name in ("T", "stride", "out_stride")}
+types |= {"last_ptr": "*i32", "slots_ptr": "*i64", "given_ptr": "*i64"}
 from megatron_anyexperts.moe.tally_kernel import add_figures
 
 sizes |= {"P": 8, "P2": 8, "M": 4, "FIELDS": 31, "BINS": 13, "BINS2": 16, "BROKEN": True}
 doubles = ("to_experts", "load", "peak", "nonfinite")
 counts = ("received", "demanded", "experts", "rerouted", "displaced", "copied")
-for kernel, scores in ((kernels.route_forward, (0, 2)), (kernels.route_backward, (0, 2)), (add_figures, (0,))):
+route = [(kernel, (0, 2)) for kernel in (kernels.route_forward, kernels.route_backward)]
+for kernel, scores in (*route, (token_slots, (0,)), (add_figures, (0,))):
     if kernel is add_figures:
         types |= {name + "_ptr": "*fp64" for name in doubles} | {name + "_ptr": "*i64" for name in counts}
         types |= {"kinds_ptr": "*i8", "sums_ptr": "*fp64", "kinds_stride": "i32"}
