@@ -32,6 +32,7 @@ PAGES = {
         "Reading a run": "reading_a_run.md",
         "What is logged": "metrics.md",
         "What experts do": "analysis.md",
+        "Benchmarks": "benchmarks.md",
         "GPUs": "gpu.md",
         "Conversion and upcycling": "conversion.md",
     },

@@ -1,9 +1,11 @@
 """Evaluate a trained model on what its data hold out.
 
     anyexperts evaluate --run-dir RUN [--batches 64] [--trace FOLDER] [--data-path BLEND] [flags of the training]
+    anyexperts evaluate --run-dir RUN --tasks gqa=testdev_balanced_questions.json:images [scienceqa=FILE.parquet ...]
 
 Prints the loss of each kind of sample with its standard error over documents, the real slots a token and layer by kind
-of token and, where conversations are held out, how many are answered exactly. The ranks share the work.
+of token and, where conversations are held out, how many are answered exactly. The ranks share the work. With --tasks:
+the published benchmarks of the user's copy instead, see docs/benchmarks.md.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megatron_anyexperts.console import Parser, own_lines_only, say
 from megatron_anyexperts.evaluation.trained_model import load_model, start
@@ -31,6 +34,14 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--trace-positions", type=int, metavar="N", help="positions of each row that are traced (default: all)"
     )
+    own.add_argument(
+        "--tasks", nargs="+", default=[], metavar="NAME=FILE[:IMAGES]",
+        help="benchmarks instead: aro_attribution, aro_relation, gqa, nlvr2, scienceqa",
+    )
+    own.add_argument("--limit", type=int, metavar="N", help="with --tasks: the first N items of each")
+    own.add_argument(
+        "--length-normalised", action="store_true", help="with --tasks: choose by the mean loss of an answer's tokens"
+    )
     own.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return own
 
@@ -44,6 +55,11 @@ def main(cli: list[str] | None = None) -> int:
             raise UsageError(f"--batches {own.batches} is below 1")
         if own.trace_positions is not None and own.trace_positions < 1:
             raise UsageError(f"--trace-positions {own.trace_positions} is below 1")
+        if own.limit is not None and own.limit < 1:
+            raise UsageError(f"--limit {own.limit} is below 1")
+        from megatron_anyexperts.evaluation.benchmarks.tasks import Task
+
+        tasks = [Task.parse(word) for word in own.tasks]
         args = start(rest)
         if args.pipeline_model_parallel_size > 1:
             raise UsageError("pipeline stages cannot be evaluated one by one; use expert or tensor parallelism")
@@ -52,6 +68,8 @@ def main(cli: list[str] | None = None) -> int:
         from megatron_anyexperts.evaluation.routing_trace import evaluation_tracer
 
         model = load_model(args)
+        if tasks:
+            return _benchmarks(own, args, model, tasks)
         folders = [own.trace and own.trace / name for name in ("held_out", "answers")]
         with evaluation_tracer(args, folders[0], own.trace_positions) as tracer:
             result = held_out_losses(args, model, own.batches, tracer)
@@ -69,4 +87,22 @@ def main(cli: list[str] | None = None) -> int:
     say(f"checkpoint: {args.load}, iteration {args.iteration}\n{loss_table(result)}")
     if scores:
         say(f"\n{score_table(scores)}")
+    return 0
+
+
+def _benchmarks(own: argparse.Namespace, args: argparse.Namespace, model: Any, tasks: list[Any]) -> int:
+    from megatron_anyexperts.evaluation.answers import document_encoder
+    from megatron_anyexperts.evaluation.benchmarks.scorer import benchmark_table, evaluate
+    from megatron_anyexperts.evaluation.routing_trace import evaluation_tracer
+
+    encoder, results = document_encoder(args), {}
+    for task in tasks:
+        with evaluation_tracer(args, own.trace and own.trace / task.name, own.trace_positions) as tracer:
+            found = evaluate(task, model, encoder, args, own.limit, own.length_normalised, tracer)
+        results[task.name] = found
+    if os.environ["RANK"] == "0" and own.json:
+        tables = {name: asdict(result) for name, result in results.items()}
+        say(json.dumps({"load": args.load, "iteration": args.iteration, "tasks": tables}))
+    elif os.environ["RANK"] == "0":
+        say(f"checkpoint: {args.load}, iteration {args.iteration}\n{benchmark_table(results)}")
     return 0

@@ -161,26 +161,40 @@ class AnswerScorer:
         """
         if not self.questions:
             return {}
-        tasks = sorted({question.task for question in self.questions})
+        results_Q4 = self.each(model, tracer)
+        names = [question.task for question in self.questions]
+        tasks = sorted(set(names))
+        places = torch.tensor([tasks.index(name) for name in names])
+        sums_T4 = torch.zeros(len(tasks), 4, dtype=torch.float64).index_add_(0, places, results_Q4)
+        return {
+            task: Score(int(count), exact / count, loss / targets, self._most_frequent(task))
+            for task, (count, exact, loss, targets) in zip(tasks, sums_T4.tolist(), strict=True)
+        }
+
+    @torch.no_grad()
+    def each(self, model: torch.nn.Module, tracer: Tracer | None = None) -> torch.Tensor:
+        """Return the result of each question, fp64 [Q, 4] on the host: 1, exact, sum of losses in nats, targets.
+
+        Args:
+            model, tracer: see `__call__`.
+        """
         device = torch.device(torch.cuda.current_device())
-        sums_T4 = torch.zeros(len(tasks), 4, dtype=torch.float64, device=device)  # questions, exact, loss, targets
+        results_Q4 = torch.zeros(len(self.questions), 4, dtype=torch.float64, device=device)
         rows = pack_rows([question.planned.size for question in self.questions], self.encoder.limits)
         width = self.micro_batch_size
         batches = [rows[start : start + width] for start in range(0, len(rows), width)]
         rank, ranks = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         # Expert parallelism needs every rank in every pass: ranks without a batch of their own repeat one, uncounted.
         for start in range(0, len(batches), ranks):
-            mine = [[self.questions[index] for index in row] for row in batches[(start + rank) % len(batches)]]
+            numbers = batches[(start + rank) % len(batches)]
+            mine = [[self.questions[index] for index in row] for row in numbers]
             counts = start + rank < len(batches)
             results = self._score(model, mine, device, tracer if counts else None)
             if counts:
-                for question, result in zip((question for row in mine for question in row), results, strict=True):
-                    sums_T4[tasks.index(question.task)] += result
-        torch.distributed.all_reduce(sums_T4, group=mpu.get_data_parallel_group())
-        return {
-            task: Score(int(count), exact / count, loss / targets, self._most_frequent(task))
-            for task, (count, exact, loss, targets) in zip(tasks, sums_T4.tolist(), strict=True)
-        }
+                for number, result in zip((number for row in numbers for number in row), results, strict=True):
+                    results_Q4[number] = result
+        torch.distributed.all_reduce(results_Q4, group=mpu.get_data_parallel_group())
+        return results_Q4.cpu()
 
     def _score(
         self, model: torch.nn.Module, rows: list[list[Question]], device: torch.device, tracer: Tracer | None

@@ -171,7 +171,7 @@ def _token_columns(each: _Pass, facts: np.ndarray, first: int) -> dict[str, np.n
     before = np.cumsum([0, *map(len, each.keys)])
     document = before[rows] + segment - 1
     keys = [key for row in each.keys for key in row]
-    tasks = [key.rpartition("/")[0] for key in keys]
+    tasks = [key.partition("#")[0].rpartition("/")[0] for key in keys]  # pieces of long texts end in #part/parts
     if each.tasks is not None:
         tasks = [task for row in each.tasks for task in row]
     return {

@@ -31,6 +31,7 @@ HOW = {
     ("README.md", "git clone"): DRY,
     ("README.md", "source .venv"): RECIPE,
     ("docs/analysis.md", "anyexperts evaluate"): "tests/unit/evaluation/test_routing_trace.py, tests/unit/analysis",
+    ("docs/benchmarks.md", "anyexperts evaluate"): "tests/unit/evaluation/test_benchmarks.py; files of the reader",
     ("docs/building_shards.md", "python data_tools/fetch"): RECIPE,
     ("docs/building_shards.md", "python data_tools/make_stamp"): "tests/corpus/test_scenes.py",
     ("docs/cluster.md", "docker"): "no container engine here; test_container_recipes",

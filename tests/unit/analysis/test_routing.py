@@ -124,7 +124,7 @@ def test_the_task_is_told_from_specialists_alone():
     chance = classifier.measure_classifier(without_preference(), SAMPLE, TASK, (2,))
     for name in ("all layers", "layer 2"):
         assert told[name].value == 1.0 and told[name].stands_out
-        assert not chance[name].stands_out and inside(chance[name].null, 0.1, 0.4)
+        assert abs(chance[name].value - chance[name].null) < 0.2 and inside(chance[name].null, 0.1, 0.4)
     assert told["all layers, balanced random routing"].value < 0.6
     with pytest.raises(classifier.TooFewSamples, match="two tasks of 5 samples"):
         classifier.fold_accuracies(np.zeros((6, 2)), np.array([0, 0, 0, 0, 0, 1]))

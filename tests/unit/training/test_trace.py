@@ -23,7 +23,7 @@ from megatron_anyexperts.training.trace_writer import TraceWriter
 from tests.unit.models.small import DYNAMIC, media_batch
 
 ROOT = Path(__file__).resolve().parents[3]
-KEYS = [["shards/text/a", "chat/b"]]
+KEYS = [["shards/text/a#1/2", "chat/b"]]
 
 
 @given(st.integers(1, 5000), st.integers(1, 6000))
@@ -92,7 +92,7 @@ def test_the_tables_say_what_the_router_decided(model, make_tracer, tmp_path):
     assert len(table) == 10 * 2 and table.layer.unique().tolist() == [2, 4]
     assert table.position.unique().tolist() == list(range(10))  # no padding
     one = table[table.layer == 2]
-    assert one["sample"].tolist() == ["shards/text/a"] * 5 + ["chat/b"] * 5
+    assert one["sample"].tolist() == ["shards/text/a#1/2"] * 5 + ["chat/b"] * 5
     assert one.task.tolist() == ["shards/text"] * 5 + ["chat"] * 5
     assert one.offset.tolist() == [0, 1, 2, 3, 4] * 2
     assert one.token.tolist() == batch["tokens"][0, :10].tolist()
