@@ -44,7 +44,10 @@ ENCODERS = {"vision": ("patch_size", "spatial_merge"), "audio": ("n_mels", "audi
 ENCODER_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads")
 LATENT = {"query_rank": "q_lora_rank", "rank": "kv_lora_rank", "plain": "qk_head_dim", "value": "v_head_dim"}
 
-_LIMITS = ("data_image_min_patches", "data_image_max_patches", "data_audio_max_seconds")
+_PICTURES = {"min_patches": "data_image_min_patches", "max_patches": "data_image_max_patches"}
+_VIDEOS = {"fps": "data_video_fps", "max_frames": "data_video_max_frames", "max_patches": "data_video_max_patches"}
+_SOUNDS = {"max_seconds": "data_audio_max_seconds"}
+"""Setting of the processor -> flag."""
 
 _READ = {
     *SIZES.values(),
@@ -110,14 +113,13 @@ def hub_config(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def processor_config(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """Configuration of the processor of the model of a checkpoint; None for a model that reads text alone."""
-    settings = {name: identity.default(name) for name in _LIMITS} | dict(settings)
+    parts = {"pictures": ("vision", _PICTURES), "videos": ("vision", _VIDEOS), "sounds": ("audio", _SOUNDS)}
     found = {}
-    if settings.get("vision_num_layers"):
-        names = {"min_patches": "data_image_min_patches", "max_patches": "data_image_max_patches"}
-        found["pictures"] = {name: settings[names.get(name, name)] for name in (*ENCODERS["vision"], *names)}
-    if settings.get("audio_num_layers"):
-        limit = {"max_seconds": settings["data_audio_max_seconds"]}
-        found["sounds"] = {name: settings[name] for name in ENCODERS["audio"]} | limit
+    for part, (encoder, limits) in parts.items():
+        if settings.get(f"{encoder}_num_layers"):
+            geometry = {} if part == "videos" else {name: settings[name] for name in ENCODERS[encoder]}
+            values = {name: settings.get(flag, identity.default(flag)) for name, flag in limits.items()}
+            found[part] = geometry | values
     return found or None
 
 

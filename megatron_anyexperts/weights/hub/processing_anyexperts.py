@@ -1,7 +1,8 @@
-"""Texts with pictures and sound as the inputs of an exported model."""
+"""Texts with pictures, video and sound as the inputs of an exported model."""
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class AnyExpertsProcessor(ProcessorMixin):
     Args:
         tokenizer: of the model.
         pictures: `patch_size`, `spatial_merge`, `min_patches` and `max_patches`; None for a model that does not see.
+        videos: `fps`, `max_frames` and `max_patches`; None for a model that does not see.
         sounds: `n_mels`, `audio_stride` and `max_seconds`; None for a model that does not hear.
     """
 
@@ -38,16 +40,18 @@ class AnyExpertsProcessor(ProcessorMixin):
         tokenizer=None,
         chat_template: str | None = None,
         pictures: dict | None = None,
+        videos: dict | None = None,
         sounds: dict | None = None,
         **others: Any,
     ):
         super().__init__(tokenizer, chat_template=chat_template, **others)
-        self.pictures, self.sounds = pictures, sounds
+        self.pictures, self.videos, self.sounds = pictures, videos, sounds
 
     def __call__(
         self,
         text: str | Sequence[str],
         images: Sequence[Any] = (),
+        videos: Sequence[tuple[Sequence[Any], Sequence[float]]] = (),
         audio: Sequence[Any] = (),
         return_tensors: str = "pt",
         **options: Any,
@@ -55,9 +59,10 @@ class AnyExpertsProcessor(ProcessorMixin):
         """Tensors for `forward` and `generate`.
 
         Args:
-            text: with one ``<|image|>`` or ``<|audio|>`` for each medium, as the chat template writes them.
+            text: with one ``<|image|>``, ``<|video|>`` or ``<|audio|>`` for each medium, as chat templates write it.
             images: pictures of PIL, in the order of their placeholders over all texts.
-            audio: clips, mono float samples at 16 kHz in [-1, 1], likewise.
+            videos: all frames as pictures of PIL and when each is shown, in seconds; some of them are taken.
+            audio: clips, mono float samples at 16 kHz in [-1, 1].
             options: of the tokenizer.
 
         Raises:
@@ -65,38 +70,68 @@ class AnyExpertsProcessor(ProcessorMixin):
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r}: the model takes 'pt' only")
-        pictures = [patches_of(image, **self._geometry("pictures")) for image in images]
-        clips = [log_mel(samples, **self._geometry("sounds")) for samples in audio]
-        counts = {"image": [], "audio": []}
-        if pictures:
-            counts["image"] = [h * w // self.pictures["spatial_merge"] ** 2 for _, (_, h, w) in pictures]
-        if clips:
-            counts["audio"] = [-(-len(clip) // self.sounds["audio_stride"]) for clip in clips]
         texts = [text] if isinstance(text, str) else list(text)
-        for kind, sizes in counts.items():
-            texts = _widened(texts, f"<|{kind}|>", sizes)
+        media = {"image": [self._image(image) for image in images], "video": [self._video(*each) for each in videos]}
+        media["audio"] = [self._audio(samples) for samples in audio]
+        for kind, given in media.items():
+            if (found := sum(each.count(f"<|{kind}|>") for each in texts)) != len(given):
+                raise ValueError(f"the texts hold {found} times <|{kind}|>, and there are {len(given)} such media")
+        left = {kind: iter(given) for kind, given in media.items()}
+        seen, heard = [], []
+
+        def widened(match: re.Match) -> str:
+            tokens, *values = next(left[match[1]])
+            (heard if match[1] == "audio" else seen).append(values)
+            return tokens
+
+        texts = [re.sub(r"<\|(image|video|audio)\|>", widened, each) for each in texts]
         options = {"add_special_tokens": False, "return_token_type_ids": False, "padding_side": "left"} | options
         found = dict(self.tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, **options))
-        if pictures:
-            found["image_patches"] = torch.cat([patches for patches, _ in pictures])
-            found["image_grids"] = torch.tensor([grid for _, grid in pictures])
-        if clips:
-            found["audio_features"], found["audio_lengths"] = torch.cat(clips), torch.tensor([len(x) for x in clips])
+        if seen:
+            found["image_patches"] = torch.cat([patches for patches, _ in seen])
+            found["image_grids"] = torch.tensor([grid for _, grid in seen])
+        if heard:
+            found["audio_features"] = torch.cat([clip for (clip,) in heard])
+            found["audio_lengths"] = torch.tensor([len(clip) for (clip,) in heard])
         return BatchFeature(found)
 
-    def _geometry(self, kind: str) -> dict[str, Any]:
-        if (settings := getattr(self, kind)) is None:
-            raise ValueError(f"the model has no encoder of {kind}")
-        return settings
+    def _image(self, image) -> tuple[str, Tensor, tuple[int, int, int]]:
+        """Placeholders, patches and grid."""
+        patches, grid = patches_of(image, **_settings(self.pictures, "pictures"))
+        return "<|image|>" * self._tokens(grid), patches, grid
+
+    def _video(self, frames: Sequence[Any], seconds: Sequence[float]) -> tuple[str, Tensor, tuple[int, int, int]]:
+        """Each frame's time and placeholders, patches of all, and grid."""
+        limits, chosen = _settings(self.videos, "videos"), dict(_settings(self.pictures, "pictures"))
+        taken = sample_frames(seconds, limits["fps"], limits["max_frames"])
+        for name in ("min_patches", "max_patches"):
+            chosen[name] = min(chosen[name], limits["max_patches"] // len(taken))
+        cut = [patches_of(frames[index], **chosen) for index in taken]
+        _, (_, rows, columns) = cut[0]
+        times = (f"{seconds[index]:.1f}s" + "<|video|>" * self._tokens((1, rows, columns)) for index in taken)
+        return "".join(times), torch.cat([patches for patches, _ in cut]), (len(cut), rows, columns)
+
+    def _audio(self, samples) -> tuple[str, Tensor]:
+        """Placeholders and frames."""
+        clip = log_mel(samples, **_settings(self.sounds, "sounds"))
+        return "<|audio|>" * -(-len(clip) // self.sounds["audio_stride"]), clip
+
+    def _tokens(self, grid: tuple[int, int, int]) -> int:
+        return math.prod(grid) // self.pictures["spatial_merge"] ** 2
 
 
-def _widened(texts: Iterable[str], token: str, counts: Sequence[int]) -> list[str]:
-    found = sum(text.count(token) for text in texts)
-    if found != len(counts):
-        raise ValueError(f"the texts hold {found} times {token}, and there are {len(counts)} such media")
-    left = iter(counts)
-    pieces = [text.split(token) for text in texts]
-    return ["".join(part + token * next(left) for part in parts[:-1]) + parts[-1] for parts in pieces]
+def _settings(settings: dict[str, Any] | None, kind: str) -> dict[str, Any]:
+    if settings is None:
+        raise ValueError(f"the model has no encoder of {kind}")
+    return settings
+
+
+def sample_frames(seconds: Sequence[float], fps: float, max_frames: int) -> list[int]:
+    """Which frames to take: `fps` per second while that fits in `max_frames`, else spread evenly."""
+    length = len(seconds)
+    duration = seconds[-1] + (seconds[-1] / (length - 1) if length > 1 else 0.0)
+    count = max(1, min(max_frames, length, round(duration * fps)))
+    return [int((index + 0.5) * length / count) for index in range(count)]
 
 
 def fit_grid(height: int, width: int, patch_size: int, spatial_merge: int, min_patches: int, max_patches: int):
