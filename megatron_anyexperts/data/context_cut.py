@@ -58,12 +58,11 @@ def cut(batch: Microbatch, rank: int, ranks: int, shape: MediaShape, multiple: i
     return Microbatch(**part)
 
 
-def refuse_rows(micro_batch_size: int) -> None:
-    """Refuse several rows, with a ValueError."""
-    if micro_batch_size != 1:
+def refuse_rows(rows: int, flag: str = "micro-batch-size") -> None:
+    """Refuse several rows, with a ValueError that names the flag."""
+    if rows != 1:
         raise ValueError(
-            f"micro_batch_size={micro_batch_size}: context parallelism cuts one packed row; "
-            "use --micro-batch-size 1 and a longer --seq-length"
+            f"--{flag}={rows}: context parallelism cuts one packed row; use --{flag} 1 and a longer --seq-length"
         )
 
 

@@ -136,6 +136,7 @@ def check(args: argparse.Namespace) -> None:
     refuse_fp8_rows(args.seq_length, args.micro_batch_size, decoder)
     if args.context_parallel_size > 1:
         refuse_rows(args.micro_batch_size)
+        refuse_rows(args.eval_micro_batch_size, "eval-micro-batch-size")
     MediaShape.from_args(args)
     LearningRateConfig.from_args(args)
     for config in (DataConfig, RunConfig, TraceConfig):

@@ -130,7 +130,8 @@ def test_command_says_why_a_configuration_cannot_run(capsys, flags, code, messag
     [
         ([], None),
         (["--anyexperts-k-min", "13"], "k_max=12"),
-        (["--context-parallel-size", "2", "--micro-batch-size", "2"], "micro_batch_size=2"),
+        (["--context-parallel-size", "2", "--micro-batch-size", "2"], "--micro-batch-size=2"),
+        (["--context-parallel-size", "2", "--eval-micro-batch-size", "2"], "--eval-micro-batch-size=2"),
         (["--fp8-format", "e4m3"], "layernorm recompute for fp8"),
     ],
 )

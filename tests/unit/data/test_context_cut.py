@@ -112,7 +112,7 @@ def test_a_rank_encodes_only_the_frames_it_shows():
 def test_what_cannot_be_cut_is_refused():
     row = numbered([[(TEXT, 8)]], 0)
     two = collate([{n: t[0].numpy() if not FIELDS[n].ragged else t.numpy() for n, t in row.items()}] * 2, [[], []])
-    with pytest.raises(ValueError, match="micro_batch_size=2"):
+    with pytest.raises(ValueError, match="--micro-batch-size=2"):
         cut(two, 0, 2, SHAPE)
     with pytest.raises(ValueError, match=r"placeholders of vision and audio, the encoders will have"):
         cut(numbered([[(IMAGE, (1, 2, 2))]], 0), 0, 2, MediaShape(1, 2, 2, 2))
