@@ -189,6 +189,8 @@ class Architecture:
         found = self.rope.problems()
         if self.latent and self.rope.kind not in ("default", "yarn"):
             found.append(f"rope_type={self.rope.kind!r} with multi-latent attention (mapped: default, yarn)")
+        if self.latent and self.rope.kind == "yarn" and not self.rope.options.get("truncate", True):
+            found.append("rope truncate=False with multi-latent attention: Megatron rounds its correction range always")
         mixture = self.mixture
         if mixture and mixture.groups > 1 and mixture.topk != 2 * mixture.group_topk:
             found.append(

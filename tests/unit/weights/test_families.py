@@ -191,6 +191,12 @@ def test_an_export_without_tensor_says_which(everything, tmp_path):
         ("DeepseekV2", {"topk_method": "group_limited_greedy"}, "topk_method='group_limited_greedy'"),
         ("DeepseekV3", {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
         ("DeepseekV3", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "'linear' with multi-latent"),
+        (
+            "DeepseekV3",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+                              "truncate": False}},
+            "truncate=False with multi-latent",
+        ),
         ("Phi3", {}, "architectures=.*Phi3ForCausalLM.*LlamaForCausalLM"),
     ],
 )  # fmt: skip
