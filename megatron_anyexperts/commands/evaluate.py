@@ -42,6 +42,10 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--length-normalised", action="store_true", help="with --tasks: choose by the mean loss of an answer's tokens"
     )
+    own.add_argument(
+        "--collapse", type=int, metavar="N",
+        help="measure instead whether representations collapse, on the first N held-out tokens of rank 0",
+    )
     own.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return own
 
@@ -55,6 +59,8 @@ def main(cli: list[str] | None = None) -> int:
             raise UsageError(f"--batches {own.batches} is below 1")
         if own.trace_positions is not None and own.trace_positions < 1:
             raise UsageError(f"--trace-positions {own.trace_positions} is below 1")
+        if own.collapse is not None and own.collapse < 2:
+            raise UsageError(f"--collapse {own.collapse} is below 2")
         if own.limit is not None and own.limit < 1:
             raise UsageError(f"--limit {own.limit} is below 1")
         from megatron_anyexperts.evaluation.benchmarks.tasks import Task
@@ -70,6 +76,8 @@ def main(cli: list[str] | None = None) -> int:
         model = load_model(args)
         if tasks:
             return _benchmarks(own, args, model, tasks)
+        if own.collapse is not None:
+            return _collapse(own, args, model)
         folders = [own.trace and own.trace / name for name in ("held_out", "answers")]
         with evaluation_tracer(args, folders[0], own.trace_positions) as tracer:
             result = held_out_losses(args, model, own.batches, tracer)
@@ -105,4 +113,24 @@ def _benchmarks(own: argparse.Namespace, args: argparse.Namespace, model: Any, t
         say(json.dumps({"load": args.load, "iteration": args.iteration, "tasks": tables}))
     elif os.environ["RANK"] == "0":
         say(f"checkpoint: {args.load}, iteration {args.iteration}\n{benchmark_table(results)}")
+    return 0
+
+
+def _collapse(own: argparse.Namespace, args: argparse.Namespace, model: Any) -> int:
+    from megatron_anyexperts.analysis.routing.collapse import measure_collapse
+    from megatron_anyexperts.analysis.routing.findings import Findings
+    from megatron_anyexperts.analysis.routing.shown import as_json, text
+    from megatron_anyexperts.evaluation.held_out import held_out_batches
+    from megatron_anyexperts.evaluation.hidden_states import hidden_states
+
+    if args.tensor_model_parallel_size > 1 or args.anyexperts_stock_moe:
+        raise UsageError("--collapse needs this project's layers, and whole ones: no tensor parallelism")
+    states = hidden_states(model, held_out_batches(args, own.batches), own.collapse)
+    if os.environ["RANK"] != "0":
+        return 0
+    found = Findings()
+    for number, each in states.items():
+        for quantity, value in measure_collapse(each).items():
+            found.figures.setdefault(quantity, {})[f"layer {number}, {len(each.expert_N)} tokens"] = value
+    say(json.dumps(as_json(found)) if own.json else text(found))
     return 0
