@@ -22,7 +22,7 @@ def scatter_ratio(states_NH: np.ndarray, group_N: np.ndarray) -> float:
         states_NH: of tokens.
         group_N: the expert of each; tokens below 0 are left out.
     """
-    states_NH, group_N = states_NH[group_N >= 0], group_N[group_N >= 0]
+    states_NH, group_N = states_NH[group_N >= 0].astype(np.float64), group_N[group_N >= 0]
     groups, group_N, counts_G = np.unique(group_N, return_inverse=True, return_counts=True)
     if len(groups) < 2:
         return float("nan")
@@ -33,6 +33,7 @@ def scatter_ratio(states_NH: np.ndarray, group_N: np.ndarray) -> float:
     # S_B is between.T @ between: its pseudo-inverse has these directions, and the squares of these lengths.
     _, lengths, directions = np.linalg.svd(between_GH, full_matrices=False)
     known = lengths > lengths.max() * 1e-6
+    known[len(groups) - 1 :] = False  # the weighted means add up to 0: what is left there is rounding
     within_ND = (states_NH - means_GH[group_N]) @ directions[known].T
     return float((np.square(within_ND).mean(0) / np.square(lengths[known])).sum())
 

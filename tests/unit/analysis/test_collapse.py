@@ -39,6 +39,8 @@ def test_the_ratio_is_the_trace_of_its_definition():
     left_out = np.concatenate((GROUP, np.full(50, -1)))
     assert scatter_ratio(np.concatenate((states, np.ones((50, 16)))), left_out) == scatter_ratio(states, GROUP)
     assert np.isnan(scatter_ratio(states, np.zeros(400, int)))
+    far = (states + 1000).astype(np.float32)  # as models hand them over, with a large mean
+    assert scatter_ratio(far, GROUP) == pytest.approx(scatter_ratio(states, GROUP), rel=1e-3)
 
 
 def test_ranks_and_spans_of_known_states():
