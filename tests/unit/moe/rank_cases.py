@@ -122,7 +122,13 @@ def dense_gradients(model) -> dict[str, torch.Tensor]:
     }
 
 
-LAYOUTS = {"dp2": (1, 1, {}), "ep2": (1, 2, {}), "tp2": (2, 1, SHARED_LOSSES), "tp2ep2": (2, 2, SHARED_LOSSES)}
+LAYOUTS = {
+    "dp2": (1, 1, {}),
+    "ep2": (1, 2, {}),
+    "tp2": (2, 1, SHARED_LOSSES),
+    "tp2ep2": (2, 2, SHARED_LOSSES),
+    "tp2 kernels": (2, 1, SHARED_LOSSES | {"anyexperts_kernels": "on"}),
+}
 
 
 def gradients_and_states(tensor: int, expert: int, options: dict) -> tuple:
