@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import statistics
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ PROXY = "ling_mini_2_0_anyexperts_proxy_1gpu"
 SMALL_PROXY = "ling_mini_2_0_anyexperts_proxy_cpu"
 LOCAL = (
     *("--transformer-impl", "local", "--unset", "moe-grouped-gemm", "--no-rope-fusion", "--no-persist-layer-norm"),
-    *("--unset", "recompute-granularity", "--unset", "recompute-modules"),
+    *("--no-masked-softmax-fusion", "--unset", "recompute-granularity", "--unset", "recompute-modules"),
 )
 """Flags of a training without Transformer Engine."""
 SHORT = (
@@ -97,16 +98,22 @@ def of_run(name: str) -> Callable[[Path, str], Any]:
 
 
 def train(machine: Machine, work: Path, flags: tuple[str, ...], run: str | None = None) -> list[str]:
-    """Command of a short training; without a run directory nothing is saved."""
+    """Command of a short training; without a run directory nothing is saved.
+
+    Not under torchrun, which puts its workers where they outlive it: the GPU's memory would stay taken.
+    """
     config, more = (PROXY, LING_VOCABULARY) if machine.gpu else (SMALL_PROXY, ())
     local = LOCAL if machine.gpu and not machine.transformer_engine else ()
     data = ("--data-path", work / "corpus/shards/blend.yaml", "--tokenizer-model", work / "corpus/tokenizer")
-    return python(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "pretrain/pretrain_multimodal.py"),
-        *("--config", f"pretrain/configs/{config}.yaml", *data, *more, *SHORT, *local),
-        *(("--run-dir", work / run) if run else ()),
-        *flags,
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rank = ("RANK=0", "LOCAL_RANK=0", "WORLD_SIZE=1", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={port}")
+    command = python(
+        *("pretrain/pretrain_multimodal.py", "--config", f"pretrain/configs/{config}.yaml", *data, *more, *SHORT),
+        *(*local, *(("--run-dir", work / run) if run else ()), *flags),
     )
+    return ["env", *rank, *command]
 
 
 def shown(*flags: str) -> str:

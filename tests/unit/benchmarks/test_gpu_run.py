@@ -128,6 +128,7 @@ def test_what_is_compiled_comes_last_and_torch_stays_as_it_is():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_on_a_cpu_all_that_needs_no_gpu_truly_runs(tmp_path):
     output = tmp_path / "gpu.json"
     command = [str(ROOT / "benchmarks/gpu.sh"), "--cpu", "--output", str(output), "--minutes", "30"]
