@@ -186,6 +186,11 @@ def _refuse(args: argparse.Namespace) -> None:
         raise UsageError("--async-save: Megatron's writer process dies without CUDA; save synchronously on CPU")
     if args.async_save and not args.use_persistent_ckpt_worker:
         raise UsageError("--async-save: Megatron ignores it without --use-persistent-ckpt-worker; add that flag")
+    if args.async_save and args.optimizer_cpu_offload:
+        raise UsageError(
+            "--async-save with --optimizer-cpu-offload: optimizer states in host memory are written as they lie there, "
+            "while training changes them; leave one out"
+        )
     refuse_size(args)
     for path in (*(args.data_path or ()), args.tokenizer_model):
         if path and "://" not in path and not Path(path).exists():

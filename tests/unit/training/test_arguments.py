@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from megatron_anyexperts.training import arguments
 from megatron_anyexperts.training.arguments import UsageError, _refuse, config_to_argv, merge
 from megatron_anyexperts.training.config_files import read_config
 
@@ -66,6 +67,14 @@ def test_a_batch_size_beside_a_schedule_is_refused_with_the_way_out():
         num_experts=4, expert_model_parallel_size=1, step_batch_size_schedule="0:2 1K:4", global_batch_size=4
     )
     with pytest.raises(UsageError, match="--global-batch-size=4 .*--unset global-batch-size"):
+        _refuse(args)
+
+
+def test_states_that_training_changes_are_not_written_behind_its_back(monkeypatch):
+    monkeypatch.setattr(arguments, "has_cuda", lambda: True)
+    sizes = {"num_experts": 4, "expert_model_parallel_size": 1, "step_batch_size_schedule": None}
+    args = SimpleNamespace(**sizes, async_save=True, use_persistent_ckpt_worker=True, optimizer_cpu_offload=True)
+    with pytest.raises(UsageError, match="--async-save with --optimizer-cpu-offload.*leave one out"):
         _refuse(args)
 
 
