@@ -209,9 +209,9 @@ def train_whole(predicts: bool) -> tuple[list[float], list[float], dict, dict, d
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     MTPLossAutoScaler.set_loss_scale(torch.ones(1))
     losses, norms, seen = [], [], {}
-    for step in range(STEPS):
+    for _ in range(STEPS):
         optimizer.zero_grad()
-        batches = [microbatch(step * MICROBATCHES + i) for i in range(MICROBATCHES)]
+        batches = [microbatch(i) for i in range(MICROBATCHES)]
         targets = sum(batch["loss_mask"].sum() for batch in batches)
         loss = 0.0
         for batch in batches:
@@ -256,10 +256,10 @@ def train(layout: Layout, before: dict) -> tuple[list[float], list[float], Multi
         group["lr"] = RATE
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     losses, norms, seen = [], [], {}
-    for step in range(STEPS):
+    for _ in range(STEPS):
         wrapped.zero_grad_buffer()
         optimizer.zero_grad()
-        mine = [layout.part(microbatch(step * MICROBATCHES + i)) for i in range(rank, MICROBATCHES, ranks)]
+        mine = [layout.part(microbatch(i)) for i in range(rank, MICROBATCHES, ranks)]
         reduced = get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iter(mine),

@@ -276,14 +276,15 @@ def test_fp8_needs_rows_that_fill_its_blocks():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"multi_latent_attention": True}, "hybrid_layer_pattern"),
+        ({}, "hybrid_layer_pattern='M-'"),
         ({"cp_comm_type": "a2a"}, "cp_comm_type=a2a"),
         ({"hybrid_context_parallel": True}, "hybrid_context_parallel"),
     ],
 )
 def test_what_context_parallelism_cannot_split_is_refused(changes, reason):
+    pattern = "*-*-" if changes else "M-"
     with pytest.raises(ValueError, match=f"context_parallel_size=2 with {reason}.*leave one of them out"):
-        refuse_unsupported("*-*-", small_config(context_parallel_size=2, **changes))
+        refuse_unsupported(pattern, small_config(context_parallel_size=2, **changes))
 
 
 def test_context_parallelism_wants_a_row_that_was_cut(make_model):
