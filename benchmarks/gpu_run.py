@@ -143,6 +143,7 @@ def main(cli: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP", help=", ".join(names))
     parser.add_argument("--minutes", type=float, default=MINUTES, help="budget of all steps (default: 8)")
     options = parser.parse_args(cli)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step that runs is ended too
     options.output.parent.mkdir(parents=True, exist_ok=True)
     steps = [step for step in STEPS if step.name in options.only]
     with tempfile.TemporaryDirectory(prefix="anyexperts-gpu-", ignore_cleanup_errors=True) as folder:
