@@ -6,6 +6,7 @@ compare states across layouts without going through the checkpoint format.
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -32,46 +33,83 @@ def whole_states(optimizer: DistributedOptimizer) -> dict[torch.nn.Parameter, di
     return result
 
 
+class Part(NamedTuple):
+    """Where a part of a parameter lies: in the whole tensor `key` of shape `size`, and in the flat parameter."""
+
+    key: str
+    size: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    first: int
+
+
+def parts_of(entry: ShardedTensor | ShardedTensorFactory) -> tuple[Part, ...]:
+    """Of a parameter as the model stores it; a factory splits fused matrices."""
+    built = list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
+    start = entry.data.storage_offset()
+    return tuple(
+        Part(
+            part.key,
+            tuple(part.global_shape),
+            tuple(part.global_offset),
+            tuple(part.data.shape),
+            part.data.stride(),
+            part.data.storage_offset() - start,
+        )
+        for part in built
+    )
+
+
 def dump(model, optimizer, path: Path) -> None:
-    """Write [(key, offset in the whole tensor, whole shape, local shape, start, end, values)] for each state."""
+    """Write [(parts, state, start, end, values)] for each parameter and state."""
     records = []
-    chunks = unwrap_model(model)
     by_parameter: dict = {}
-    for chunk in chunks:
+    for chunk in unwrap_model(model):
         for entry in nested_values(chunk.sharded_state_dict()):
             if isinstance(entry, ShardedTensor | ShardedTensorFactory) and isinstance(entry.data, torch.Tensor):
                 by_parameter[entry.data] = entry
-    parts = {}
+    states = {}
     for each in getattr(optimizer, "chained_optimizers", [optimizer]):
-        parts.update(whole_states(each))
+        states.update(whole_states(each))
     for data, entry in by_parameter.items():
-        place = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
-        first = next(iter(nested_values(place))) if not isinstance(place, ShardedTensor) else place
-        # Factories split fused matrices; the first part's place identifies the local tensor among the layouts' shards.
-        identity = (entry.key, tuple(first.global_offset), tuple(data.shape))
-        records.append((identity, "weight", 0, data.numel(), data.detach().float().flatten().clone()))
-        for name, (start, end, values) in parts.get(data, {}).items():
+        parts = parts_of(entry)
+        records.append((parts, "weight", 0, data.numel(), data.detach().float().flatten().clone()))
+        for name, (start, end, values) in states.get(data, {}).items():
             if name == "step":
-                records.append((identity, name, 0, 1, values.reshape(1)))
+                records.append((parts, name, 0, 1, values.reshape(1)))
             else:
-                records.append((identity, name, start, end, values.float()))
+                records.append((parts, name, start, end, values.float()))
     path.mkdir(parents=True, exist_ok=True)
-    torch.save(records, path / f"rank{torch.distributed.get_rank()}.pt")
+    plain = [(tuple(map(tuple, parts)), *rest) for parts, *rest in records]
+    torch.save(plain, path / f"rank{torch.distributed.get_rank()}.pt")
 
 
-def live_state(folder: Path) -> dict[tuple, torch.Tensor]:
-    """Join what the ranks hold of each tensor; replicas must agree."""
+def live_state(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """Whole tensors by key and state, of what the ranks hold of each; replicas must agree."""
     pieces: dict[tuple, dict[tuple[int, int], torch.Tensor]] = {}
     for file in folder.glob("rank*.pt"):
-        for identity, name, start, end, values in torch.load(file):
-            seen = pieces.setdefault((*identity, name), {})
+        for parts, name, start, end, values in torch.load(file):
+            seen = pieces.setdefault((parts, name), {})
             if (start, end) in seen:
-                assert torch.equal(seen[start, end], values), (identity, name)
+                assert torch.equal(seen[start, end], values), (parts, name)
             seen[start, end] = values
-    return {
-        key: torch.cat([values for (start, end), values in sorted(parts.items()) if end > start])
-        for key, parts in pieces.items()
-    }
+    whole: dict[tuple[str, str], torch.Tensor] = {}
+    for (parts, name), held in pieces.items():
+        flat = torch.cat([values for (start, end), values in sorted(held.items()) if end > start])
+        for part in map(Part._make, parts):
+            if name == "step":
+                assert torch.equal(whole.setdefault((part.key, name), flat), flat), part.key
+                continue
+            tensor = whole.setdefault((part.key, name), torch.full(part.size, torch.nan))
+            shape = (1,) * (len(part.size) - len(part.shape)) + part.shape
+            box = tensor[tuple(slice(begin, begin + size) for begin, size in zip(part.offset, shape, strict=True))]
+            values = flat.as_strided(part.shape, part.strides, part.first).reshape(shape)
+            known = ~box.isnan()
+            assert torch.equal(box[known], values[known]), (part.key, name)
+            box.copy_(values)
+    assert [key for key, tensor in whole.items() if tensor.isnan().any()] == []
+    return whole
 
 
 class DumpingCheckpoints(checkpoints.Checkpoints):

@@ -16,6 +16,7 @@ EP2 = ("--expert-model-parallel-size", "2")
 BF16 = ("--bf16",)
 # Buckets of a few thousand elements, each padded at its end.
 SMALL_BUCKETS = ("--overlap-grad-reduce", "--ddp-bucket-size", "3000")
+TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1")
 # Weight gradients that come home from copies arrive while buckets are reduced.
 COPIES = ("--anyexperts-balance", "copies", "--anyexperts-copies-eps", "0", "--anyexperts-copies-per-rank", "2")
 
@@ -24,9 +25,9 @@ COPIES = ("--anyexperts-balance", "copies", "--anyexperts-copies-eps", "0", "--a
     "saved, loaded",
     [
         ((1, BF16), (2, (*BF16, *EP2, *COPIES))),
-        ((2, (*EP2, *SMALL_BUCKETS, *COPIES)), (1, SMALL_BUCKETS)),
+        ((2, (*EP2, *SMALL_BUCKETS, *COPIES)), (2, (*TP2, *SMALL_BUCKETS))),
     ],
-    ids=["bf16, EP1 to EP2 with copies", "several buckets, with copies"],
+    ids=["bf16, EP1 to EP2 with copies", "several buckets, EP2 with copies to TP2"],
 )
 def test_state_is_equal_after_resharding(corpus, tmp_path, saved, loaded):
     (ranks, flags), (new_ranks, new_flags) = saved, loaded
