@@ -26,8 +26,9 @@ SHAPE = {
 COPIES = {"anyexperts_balance": "copies", "anyexperts_copies_eps": 0.0, "anyexperts_copies_per_rank": 2}
 
 
-def _build(rank: int, ranks: int, dtype: torch.dtype, **options) -> Net:
-    cfg = config(**SHAPE, **options, expert_model_parallel_size=ranks, params_dtype=dtype, bf16=dtype == torch.bfloat16)
+def build(rank: int, ranks: int, dtype: torch.dtype, **options) -> Net:
+    own = {"expert_model_parallel_size": ranks, "params_dtype": dtype, "bf16": dtype == torch.bfloat16}
+    cfg = config(**SHAPE | own | options)
     net = Net(cfg)
     with torch.no_grad():
         for number, (name, parameter) in enumerate(sorted(net.named_parameters())):
@@ -39,7 +40,7 @@ def _build(rank: int, ranks: int, dtype: torch.dtype, **options) -> Net:
 
 def _steps(rank: int, ranks: int, dtype: torch.dtype, **options) -> tuple[list, list, dict, int]:
     """Outputs, input gradients and weight gradients of two steps of two microbatches, and slots copied."""
-    net = _build(rank, ranks, dtype, **options)
+    net = build(rank, ranks, dtype, **options)
     model, loads, dispatch = wrap(net, overlap_grad_reduce=True), [], net.layer.dispatcher.dispatch
     net.layer.dispatcher.dispatch = lambda *args: loads.append((sent := dispatch(*args)).load) or sent
     outputs, inputs, gradients = [], [], {}
