@@ -1,6 +1,8 @@
-"""Casts to FP8 with one scale a tensor, as Transformer Engine's kernels for Hopper make them."""
+"""Casts to FP8 as Transformer Engine's kernels for Hopper make them: one scale a tensor, or `blocks`."""
 
 import torch
+
+from tests.te import blocks
 
 FORMATS = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2}
 
@@ -32,11 +34,23 @@ def values(x, rowwise: bool) -> torch.Tensor:
     """
     if not is_quantized(x):
         return x.reshape(-1, x.shape[-1]).float()
+    if hasattr(x, "_is_2D_scaled"):
+        return _values_of_blocks(x, rowwise)
     data = x._data if rowwise else None if x._transpose_invalid else x._transpose
     if data is None:
         raise ValueError(f"an FP8 product reads {'rows' if rowwise else 'columns'} that were not cast")
     stored = data.view(_format(x._fp8_dtype)).float() * x._scale_inv
     return stored.reshape(-1, stored.shape[-1]) if rowwise else stored.reshape(stored.shape[0], -1).t()
+
+
+def _values_of_blocks(x, rowwise: bool) -> torch.Tensor:
+    data = x._rowwise_data if rowwise else x._columnwise_data
+    inverse = x._rowwise_scale_inv if rowwise else x._columnwise_scale_inv
+    if data is None:
+        raise ValueError(f"an FP8 product reads {'rows' if rowwise else 'columns'} that were not cast")
+    flat = data.reshape(-1, data.shape[-1]) if rowwise else data.reshape(data.shape[0], -1)
+    stored = blocks.uncast(flat, _format(x._fp8_dtype), inverse, x._is_2D_scaled)
+    return stored if rowwise else stored.t()
 
 
 def _format(dtype) -> torch.dtype:
@@ -67,6 +81,8 @@ def quantize(tensor, quantizer, out=None, noop=None):
     if noop is not None and noop.item():
         return out
     x, kind = tensor.detach().float(), _format(quantizer.dtype)
+    if hasattr(quantizer, "block_scaling_dim"):
+        return _quantize_blocks(x, kind, quantizer, tensor.dtype, out)
     largest = torch.finfo(kind).max
     scale = _scale(x, quantizer, largest)
     data = (x * scale).clamp(-largest, largest).to(kind).view(torch.uint8)
@@ -84,6 +100,29 @@ def quantize(tensor, quantizer, out=None, noop=None):
 
 
 quantize.calls = 0
+
+
+def _quantize_blocks(x, kind, quantizer, dtype, out):
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockwiseQTensor
+    from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
+
+    square, flat = quantizer.block_scaling_dim == 2, x.reshape(-1, x.shape[-1])
+    fields = dict.fromkeys(("rowwise_data", "rowwise_scale_inv", "columnwise_data", "columnwise_scale_inv"))
+    if quantizer.rowwise_usage:
+        data, fields["rowwise_scale_inv"] = blocks.cast(flat, kind, quantizer, square)
+        fields["rowwise_data"] = data.view(x.shape)
+    if quantizer.columnwise_usage:
+        data, fields["columnwise_scale_inv"] = blocks.cast(flat.t().contiguous(), kind, quantizer, square)
+        fields["columnwise_data"] = data.view(x.shape[-1], *x.shape[:-1])
+    if out is not None:
+        for name, value in fields.items():
+            if (place := getattr(out, f"_{name}")) is not None:
+                place.copy_(value)
+        return out
+    fields |= {"fp8_dtype": quantizer.dtype, "quantizer": quantizer, "is_2D_scaled": square}
+    if quantizer.internal:
+        return Float8BlockwiseQTensorStorage(**fields, fake_dtype=dtype)
+    return Float8BlockwiseQTensor(**fields, shape=x.shape, dtype=dtype, device=x.device, requires_grad=False)
 
 
 def _wrap(like, quantizer, data, transpose, inverse):

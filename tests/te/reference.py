@@ -9,7 +9,7 @@ Transformer Engine is right. What is replaced, and what a test over it therefore
   they stand for; sizes that cuBLAS refuses are refused. No split accumulators, no overlapped communication, no GELU.
 - `rmsnorm_fwd`, `rmsnorm_bwd`: in fp32.
 - `quantize`, `split_quantize`, `bgrad_quantize`, `dequantize`, `create_empty_quantized_tensor`, `fp8_transpose`:
-  `tests/te/fp8.py`, with one scale a tensor. Blocks are refused.
+  `tests/te/fp8.py`, with one scale a tensor or 128-blocks (`tests/te/blocks.py`); MXFP8 and NVFP4 are refused.
 - `fused_amax_and_scale_update_after_reduction`: as Transformer Engine's unfused form of it computes.
 - `fused_multi_row_padding`, `fused_multi_row_unpadding`: copies.
 - `multi_tensor_adam`, `multi_tensor_scale`, `multi_tensor_scale_tensor`, `multi_tensor_l2norm`: loops.
