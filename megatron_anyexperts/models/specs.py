@@ -5,7 +5,8 @@ Two implementations, chosen by Megatron's `--transformer-impl`:
 - `local`: plain torch and Megatron's parallel linear layers; runs anywhere, CPU included.
 - `transformer_engine`: fused norms, attention on packed sequences, grouped GEMM for the experts, FP8.
 
-Both name their tensors alike in distributed checkpoints, so a model trained with one loads into the other.
+Both name and cut their tensors alike in distributed checkpoints. Transformer Engine also wants the states beside its
+weights, which imported and upcycled checkpoints have (`weights/checkpoint_stream.py`) and those of local training lack.
 """
 
 import copy
