@@ -7,8 +7,7 @@ exchange.
 1. Counts: every source gathers every source's slots per expert (the one exchange the stock dispatcher makes too).
    With `anyexperts_balance=copies` they make a plan of expert copies; where that has any, the columns of the routing
    map become physical experts, `L + R` on a rank, and `E` below is their number.
-2. Cap (only with `anyexperts_dispatch_eps`): plan quotas, reroute, fall back to virtual; one more exchange of counts,
-   and one for each time that room nobody used is shared anew.
+2. Cap (only with `anyexperts_dispatch_eps`, and where a rank is over it): reroute, fall back to virtual (`cap.py`).
 3. Permute: `[T, H]` -> slots sorted by expert.
 4. All-to-all over the expert-parallel group, then over the expert-tensor group where X > 1.
 5. Sort the received chunks by local expert -> `[N, H]`.
@@ -31,14 +30,14 @@ from megatron.core.transformer.moe.moe_utils import (
 from torch import Tensor
 
 from megatron_anyexperts.moe import fused_permute
+from megatron_anyexperts.moe.cap import Sources, UnderCap, fit
 from megatron_anyexperts.moe.copies import CopyPlan, plan_copies
 from megatron_anyexperts.moe.copy_price import settle
 from megatron_anyexperts.moe.decision import RoutingDecision
 from megatron_anyexperts.moe.host_copy import HostCopy
 from megatron_anyexperts.moe.kernels import has_kernels
 from megatron_anyexperts.moe.physical_experts import PhysicalExperts, lay_out, on_physical_experts
-from megatron_anyexperts.moe.quotas import plan_dispatch, share_wanted, slot_cap
-from megatron_anyexperts.moe.reroute import FittedSlots, fit_to_plan, place, wanted, with_gates
+from megatron_anyexperts.moe.quotas import slot_cap
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class LoadReport:
         received_E: int64, the same per expert.
         rerouted: int64 scalar, slots sent to another expert than the router chose.
         displaced: int64 scalar, slots made virtual by the cap.
-        cap: int64 scalar, slots a rank may receive; None when the cap is off.
+        cap: slots a rank may receive; None when the cap is off.
         copied: int64 scalar, slots computed by copies.
     """
 
@@ -60,7 +59,7 @@ class LoadReport:
     received_E: Tensor
     rerouted: Tensor
     displaced: Tensor
-    cap: Tensor | None
+    cap: int | None
     copied: Tensor
 
 
@@ -105,7 +104,7 @@ class Dispatched:
         tokens_per_expert: int64 [L] on the CPU, where each expert's slots end; with alignment padding, if on. With
             copies [L + R], those of the copies last.
         expert_probs: [N], the gates of the slots.
-        displaced_gate_T: summed gates of the slots the cap made virtual, differentiable; None when the cap is off.
+        displaced_gate_T: summed gates of the slots the cap made virtual, differentiable; None: it made none.
         load: slots per rank, for metrics.
         plan: of the copies; None without any.
         route: the way back, for `SlotDispatcher.combine`.
@@ -158,6 +157,7 @@ class SlotDispatcher:
         self.num_local_experts, self.local = num_local_experts, slice(first, first + num_local_experts)
         eps = config.anyexperts_dispatch_eps
         self.eps = None if eps is None or math.isinf(eps) or self.ep_size == 1 else eps
+        self.cap_ranks = self.ep_size
         self.align = get_align_size_for_quantization(config) if config.moe_router_padding_for_quantization else 0
         self.balance = settle(config, self.ep_group)
         self.places = config.anyexperts_copies_per_rank if self.balance.copies else 0
@@ -203,10 +203,15 @@ class SlotDispatcher:
         zero = demanded_P.new_zeros(())
         rerouted, displaced, displaced_gate_T, cap = zero, zero, None, None
         if self.eps is not None:
-            cap = slot_cap(demanded_P.sum(), self.ep_size, self.eps)
-            fitted, counts_SE, rerouted = self._fit(decision, counts_SE, columns, cap)
-            gates_TE, map_TE, displaced_gate_T = fitted.gates_TE, fitted.routing_map_TE, fitted.displaced_gate_T
-            displaced, known = demanded_P.sum() - counts_SE.sum(), None
+            # One wait tells whether the cap acts at all. If not, the splits follow from these counts too.
+            known = counts_SE.cpu() if known is None else known
+            cap = slot_cap(known.sum(), self.cap_ranks, self.eps).item()
+            if known.view(-1, self.cap_ranks, known.shape[1] // self.cap_ranks).sum((0, 2)).max() > cap:
+                under = self._fit(decision, cap, int(known.sum()))
+                fitted, counts_SE, known = under.fitted[0], under.counts_SE, under.known_SE
+                gates_TE, map_TE, displaced_gate_T = fitted.gates_TE, fitted.routing_map_TE, fitted.displaced_gate_T
+                rerouted = self._add(fitted.rerouted)
+                displaced = zero if under.settled else demanded_P.sum() - counts_SE.sum()
         received_E = counts_SE.sum(0)
         if self.align:
             gates_TE, map_TE = self._pad(gates_TE, map_TE)
@@ -246,25 +251,10 @@ class SlotDispatcher:
             return None, None
         return plan, lay_out(counts_SE.numpy(), self.ep_size, self.places, plan)
 
-    def _fit(
-        self, decision: RoutingDecision, counts_SE: Tensor, columns: _Columns, cap: Tensor
-    ) -> tuple[FittedSlots, Tensor, Tensor]:
-        """This source's slots under the plan, the slots of every source per expert, and how many were rerouted.
-
-        A source may lack room that others leave unused: what is left is shared anew among those that can use it, until
-        nobody can. Each turn fills at least one place; mostly there is none to take.
-        """
-        k_max, ranks = self.config.anyexperts_k_max, self.ep_size
-        plan = plan_dispatch(self._per_rank(counts_SE, columns), cap)
-        fitted_TE = fit_to_plan(decision, plan.quota_SP[self.source], plan.room_SP[self.source], k_max)
-        while True:
-            rerouted = (fitted_TE & ~decision.routing_map_TE).sum()
-            told = torch.cat((fitted_TE.sum(0), wanted(decision, fitted_TE, ranks), rerouted[None]))
-            counts_SE, wanted_SP, rerouted_S1 = self._gather(told).split((len(told) - ranks - 1, ranks, 1), dim=1)
-            room_SP = share_wanted(wanted_SP, plan.cap - self._per_rank(counts_SE, columns).sum(0))
-            if not room_SP.any():
-                return with_gates(decision, fitted_TE, k_max), counts_SE, rerouted_S1.sum()
-            fitted_TE = place(decision, fitted_TE, room_SP[self.source], k_max)
+    def _fit(self, decision: RoutingDecision, cap: int, slots: int) -> UnderCap:
+        sources = Sources(lambda counts: self._gather(*counts), self._add, range(self.source, self.source + 1))
+        fused = has_kernels(self.config.anyexperts_kernels, decision.gates_TE)
+        return fit([decision], cap, slots, self.cap_ranks, self.config.anyexperts_k_max, sources, fused)
 
     def combine(
         self, expert_output_NH: Tensor, dispatched: Dispatched, added: tuple[Tensor | None, ...] = (None, None, None)
@@ -297,6 +287,12 @@ class SlotDispatcher:
         gathered = counts.new_empty(self.tp_ep_group.size() * counts.numel())
         torch.distributed.all_gather_into_tensor(gathered, counts, group=self.tp_ep_group)
         return gathered.view(self.tp_ep_group.size(), -1)
+
+    def _add(self, counts: Tensor) -> Tensor:
+        """Add up integers over all sources, in place."""
+        if self.tp_ep_group.size() > 1:
+            torch.distributed.all_reduce(counts, group=self.tp_ep_group)
+        return counts
 
     def _per_rank(self, counts_SE: Tensor, columns: _Columns) -> Tensor:
         return counts_SE.view(-1, self.ep_size, columns.width).sum(2)

@@ -1,15 +1,13 @@
 """Fit one source's slots to its share of the dispatch plan: keep, reroute, or make virtual.
 
-The task is that of an assignment: every token has slots to place, every rank takes so many, and as little importance x
-gate as possible is to be lost. Each rank gets a *price*, what its last place is worth to the first entry it turns away
-(the dual variable of that linear program); a slot's *margin* is what its token would lose with the next best choice, at
-these prices. Slots of the smallest margin move.
+`prices.py` settles nearly everything; this is for what prices leave over. A slot's *margin* is what its token would
+lose with the next best choice: slots of the smallest margin move.
 
 Shapes: `T` local tokens, `E` experts, `P` expert ranks, `L = E / P` experts of a rank, `C` candidates of a token, `N`
 tokens that still have slots to place.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
@@ -17,11 +15,8 @@ from torch import Tensor
 
 from megatron_anyexperts.moe.admission import admit, best
 from megatron_anyexperts.moe.decision import RoutingDecision
-from megatron_anyexperts.moe.quotas import DispatchPlan, on_host, share_wanted, sort_rows
+from megatron_anyexperts.moe.quotas import on_host, sort_rows
 
-# Independent tokens need few. Tokens that all want the same experts gain from more (at EP 8 from 1.31 to 1.18 times the
-# least lost gate mass with 32), at half as much time again.
-_PRICE_ROUNDS = 16
 # Below any value times any price, and far enough from the end of float32 for differences.
 _NONE = -1e9
 
@@ -33,14 +28,14 @@ class FittedSlots:
     Attributes:
         gates_TE: gates of the slots to send, 0 elsewhere; differentiable.
         routing_map_TE: bool, the slots to send.
-        displaced_gate_T: summed gates of the token's slots that became virtual; differentiable.
+        displaced_gate_T: summed gates of the token's slots that became virtual; differentiable. None: none did.
         rerouted: int64 scalar, slots that changed their expert.
         displaced: int64 scalar, slots that became virtual.
     """
 
     gates_TE: Tensor
     routing_map_TE: Tensor
-    displaced_gate_T: Tensor
+    displaced_gate_T: Tensor | None
     rerouted: Tensor
     displaced: Tensor
 
@@ -59,15 +54,7 @@ def fit_to_plan(decision: RoutingDecision, quota_P: Tensor, room_P: Tensor, k_ma
         quota_P: int64, slots this source may send to each rank out of its own choice.
         room_P: int64, slots it may reroute to each rank; 0 where it is over quota.
         k_max: most real slots of a token.
-
-    Raises:
-        ValueError: the decision carries no fallback gates.
     """
-    if decision.fallback_gates_TE is None:
-        raise ValueError(
-            "the dispatch cap needs fallback_gates_TE to reroute slots, but the routing decision has none; let the "
-            "router compute them whenever anyexperts_dispatch_eps is finite"
-        )
     map_TE = decision.routing_map_TE
     experts, ranks = map_TE.shape[1], quota_P.shape[0]
     local = experts // ranks
@@ -80,21 +67,17 @@ def fit_to_plan(decision: RoutingDecision, quota_P: Tensor, room_P: Tensor, k_ma
     other_NF, other_expert_NF = _best(value_NE.masked_fill(~open_NE, _NONE), 2 * k_max)
     value_NC, rank_NC = torch.cat((own_NK, other_NF), 1), torch.cat((own_expert_NK, other_expert_NF), 1) // local
     owed_N = contested_NE.sum(1)
-    price_P = _prices(value_NC, rank_NC, owed_N, torch.where(over_P, quota_P, room_P))
-
-    margin_NC = _margins(value_NC - price_P[rank_NC], owed_N)
+    margin_NC = _margins(value_NC, owed_N)
     width = own_NK.shape[1]
     keep_NK = admit(margin_NC[:, :width], own_NK > _NONE, rank_NC[:, :width], quota_P)
     kept_NE = torch.zeros_like(value_NE).scatter_add_(1, own_expert_NK, keep_NK.to(value_NE.dtype)) > 0
     fitted_TE = map_TE.clone()
     fitted_TE[rows] &= ~contested_NE | kept_NE
-    return place(decision, fitted_TE, room_P, k_max, price_P)
+    return place(decision, fitted_TE, room_P, k_max)
 
 
 @torch.no_grad()
-def place(
-    decision: RoutingDecision, fitted_TE: Tensor, room_P: Tensor, k_max: int, price_P: Tensor | None = None
-) -> Tensor:
+def place(decision: RoutingDecision, fitted_TE: Tensor, room_P: Tensor, k_max: int) -> Tensor:
     """Give tokens with fewer slots than they were routed further ones, until no rank with room is open to any of them.
 
     Args:
@@ -102,7 +85,6 @@ def place(
         fitted_TE: bool, the slots they have.
         room_P: int64, slots that may be added on each rank.
         k_max: most real slots of a token.
-        price_P: fp32, what places are worth; None: all the same.
 
     Returns:
         bool [T, E], `fitted_TE` and the slots added.
@@ -112,7 +94,7 @@ def place(
     rank_E = torch.arange(ranks, device=room_P.device).repeat_interleave(local)
     for turn in count():
         missing_T = decision.routing_map_TE.sum(1) - fitted_TE.sum(1)
-        # At the prices found, the first turn places nearly all: only then a GPU is waited for.
+        # The first turn places nearly all: only then a GPU is waited for.
         rows = _rows(missing_T > 0, asking=turn > 0)
         if not len(rows):
             return fitted_TE
@@ -120,8 +102,6 @@ def place(
         if turn > 0 and not open_NE.any():
             return fitted_TE
         net_NE = _value(decision, rows)
-        if price_P is not None:
-            net_NE = net_NE - price_P.repeat_interleave(local)
         net_NC, expert_NC = _best(net_NE.masked_fill(~open_NE, _NONE), k_max + 1)
         column_C = torch.arange(net_NC.shape[1], device=net_NC.device)
         proposed_NC = (column_C < missing_T[rows].unsqueeze(1)) & open_NE.gather(1, expert_NC)
@@ -141,17 +121,25 @@ def wanted(decision: RoutingDecision, fitted_TE: Tensor, ranks: int) -> Tensor:
     return torch.minimum(open_NPL.sum(2), missing_N1).sum(0)
 
 
-def fit_sources(decisions: list[RoutingDecision], plan: DispatchPlan, k_max: int) -> list[FittedSlots]:
-    """What `SlotDispatcher` makes of the decisions of all sources, in one process: for tests and benchmarks."""
-    ranks = plan.quota_SP.shape[1]
-    fitted = [fit_to_plan(d, plan.quota_SP[i], plan.room_SP[i], k_max) for i, d in enumerate(decisions)]
-    while True:
-        received_P = sum(map_TE.sum(0) for map_TE in fitted).view(ranks, -1).sum(1)
-        wanted_SP = torch.stack([wanted(d, map_TE, ranks) for d, map_TE in zip(decisions, fitted, strict=True)])
-        room_SP = share_wanted(wanted_SP, plan.cap - received_P)
-        if not room_SP.any():
-            return [with_gates(d, map_TE, k_max) for d, map_TE in zip(decisions, fitted, strict=True)]
-        fitted = [place(d, m, room_P, k_max) for d, m, room_P in zip(decisions, fitted, room_SP, strict=True)]
+@torch.no_grad()
+def at_prices(decision: RoutingDecision, chosen_TE: Tensor) -> RoutingDecision:
+    """The decision as if the router had made this choice, of slots and of eligible experts."""
+    gates_TE = torch.where(decision.routing_map_TE, decision.gates_TE, decision.fallback_gates_TE)
+    eligible_TE = decision.eligible_TE | decision.routing_map_TE
+    return replace(
+        decision,
+        gates_TE=gates_TE * chosen_TE,
+        routing_map_TE=chosen_TE,
+        fallback_gates_TE=gates_TE * ~chosen_TE,
+        eligible_TE=eligible_TE,
+    )
+
+
+def settled(decision: RoutingDecision, fitted_TE: Tensor) -> FittedSlots:
+    """Gates of the slots to send where every token has as many as it was routed."""
+    rerouted = (fitted_TE & ~decision.routing_map_TE).sum()
+    gates_TE = torch.where(decision.routing_map_TE, decision.gates_TE, decision.fallback_gates_TE) * fitted_TE
+    return FittedSlots(gates_TE, fitted_TE, None, rerouted, torch.zeros_like(rerouted))
 
 
 def with_gates(decision: RoutingDecision, fitted_TE: Tensor, k_max: int) -> FittedSlots:
@@ -205,27 +193,3 @@ def _margins(net_NC: Tensor, owed_N: Tensor) -> Tensor:
     last_N1 = sorted_NC.gather(1, (owed_N - 1).clamp_min(0).unsqueeze(1))
     next_N1 = sorted_NC.gather(1, owed_N.clamp_max(net_NC.shape[1] - 1).unsqueeze(1)).clamp_min(0)
     return net_NC - torch.where(net_NC >= last_N1, next_N1, last_N1)
-
-
-def _prices(value_NC: Tensor, rank_NC: Tensor, owed_N: Tensor, limit_P: Tensor) -> Tensor:
-    """fp32 [P], prices at which about `limit_P` candidates of each rank are among the best `owed_N` of their tokens.
-
-    Rprop (Riedmiller and Braun, 1993) on the dual: a price follows the sign of its rank's excess; its step grows while
-    the sign stays and shrinks when it turns. Needs counts only: no order among the candidates of a rank.
-    """
-    valid_NC = (value_NC > _NONE) & (owed_N > 0).unsqueeze(1)
-    price_P = sign_P = torch.zeros(limit_P.shape, device=value_NC.device)
-    if not value_NC.numel():
-        return price_P
-    step_P = price_P + 0.05 * value_NC.max()
-    for _ in range(_PRICE_ROUNDS):
-        net_NC = value_NC - price_P[rank_NC]
-        last_N1 = sort_rows(-net_NC).gather(1, (owed_N - 1).clamp_min(0).unsqueeze(1)).neg()
-        chosen_NC = valid_NC & (net_NC >= last_N1)
-        load_P = torch.zeros_like(limit_P).scatter_add_(0, rank_NC.flatten(), chosen_NC.flatten().long())
-        excess_P = (load_P - limit_P).masked_fill((price_P == 0) & (load_P < limit_P), 0)
-        before_P, sign_P = sign_P, excess_P.sign().float()
-        turned_P = sign_P * before_P
-        step_P = torch.where(turned_P > 0, 1.5 * step_P, torch.where(turned_P < 0, 0.4 * step_P, step_P))
-        price_P = (price_P + sign_P * step_P).clamp_min(0)
-    return price_P

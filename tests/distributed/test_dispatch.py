@@ -5,8 +5,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from megatron_anyexperts.moe.quotas import plan_dispatch, slot_cap
-from megatron_anyexperts.moe.reroute import fit_sources
+from megatron_anyexperts.moe.cap import fit_sources
 from tests.distributed.dispatch_cases import config, dense, expert_weights, make_case, make_dispatcher, run_experts
 from tests.multirank import run_ranks
 
@@ -30,7 +29,7 @@ def _check_step(rank: int, dispatcher, eps: float | None, tokens: list[int], ske
     # An expert-tensor rank computes its share of the expert's output, here an equal part of the sum.
     output = dispatcher.combine(run_experts(sent, local) / dispatcher.tp_size, sent)
     loss = output.square().sum()
-    if eps is not None:
+    if sent.displaced_gate_T is not None:
         output = output + sent.displaced_gate_T[:, None] * mine.hidden
         loss = output.square().sum()
     loss.backward()
@@ -40,11 +39,11 @@ def _check_step(rank: int, dispatcher, eps: float | None, tokens: list[int], ske
     demand_SP = demand.view(len(tokens), dispatcher.ep_size, -1).sum(2)
     fitted = [case.decision for case in cases]
     if eps is not None:
-        plan = plan_dispatch(demand_SP, slot_cap(demand.sum(), dispatcher.ep_size, eps))
-        fitted = fit_sources([case.decision for case in cases], plan, K_MAX)
+        fitted = fit_sources(fitted, dispatcher.ep_size, K_MAX, eps).fitted
     expected = [dense(case.hidden, fit.gates_TE, full) for case, fit in zip(cases, fitted, strict=True)]
     if eps is not None:
-        expected = [y + f.displaced_gate_T[:, None] * c.hidden for y, f, c in zip(expected, fitted, cases, strict=True)]
+        virtual = [0.0 if fit.displaced_gate_T is None else fit.displaced_gate_T[:, None] for fit in fitted]
+        expected = [y + v * case.hidden for y, v, case in zip(expected, virtual, cases, strict=True)]
     sum(y.square().sum() for y in expected).backward()
 
     torch.testing.assert_close(output, expected[rank])
