@@ -18,10 +18,11 @@ from balance_workloads import most_gate_mass
 from megatron_anyexperts.console import Parser
 from megatron_anyexperts.evaluation.held_out import forward, held_out_batches
 from megatron_anyexperts.evaluation.trained_model import load_model, start
+from megatron_anyexperts.moe.cap import fit_sources
 from megatron_anyexperts.moe.copies import CopyPlan, plan_copies
 from megatron_anyexperts.moe.decision import RoutingDecision
-from megatron_anyexperts.moe.quotas import plan_dispatch, slot_cap
-from megatron_anyexperts.moe.reroute import FittedSlots, fit_sources
+from megatron_anyexperts.moe.quotas import slot_cap
+from megatron_anyexperts.moe.reroute import FittedSlots
 from megatron_anyexperts.moe.router import AnyExpertsRouter
 
 COLUMNS = ("EP", "layer", "dropless", "**cap**", "rerouted", "virtual", "gates", "**copies**", "R", "slots moved")
@@ -42,11 +43,10 @@ def record(words: list[str], microbatches: int) -> dict[int, list[RoutingDecisio
 
 def capped(decisions: list[RoutingDecision], ranks: int, eps: float, k_max: int) -> tuple[list[FittedSlots], float]:
     """What the cap makes of one step, and the most gate mass that any assignment under it receives."""
-    demand_SP = torch.stack([each.routing_map_TE.sum(0).view(ranks, -1).sum(1) for each in decisions])
-    plan = plan_dispatch(demand_SP, slot_cap(demand_SP.sum(), ranks, eps))
     gates_NE = torch.cat([each.gates_TE + each.fallback_gates_TE for each in decisions])
     slots_N = torch.cat([each.routing_map_TE.sum(1) for each in decisions])
-    return fit_sources(decisions, plan, k_max), most_gate_mass(gates_NE, slots_N, int(plan.cap), ranks)
+    most = most_gate_mass(gates_NE, slots_N, slot_cap(slots_N.sum(), ranks, eps).item(), torch.zeros(ranks))
+    return fit_sources(decisions, ranks, k_max, eps).fitted, most
 
 
 def copied(counts: list[np.ndarray], ranks: int, eps: float) -> tuple[int, list[CopyPlan]]:

@@ -1,11 +1,12 @@
 """Skewed routing for the balance benchmark, and the least gate mass that any assignment under a cap loses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megatron_anyexperts.moe.decision import RoutingDecision
+from megatron_anyexperts.moe.prices import Offers, find_prices
 from megatron_anyexperts.moe.quotas import slot_cap
 
 WORKLOADS = (
@@ -77,16 +78,18 @@ def decision_of(setting: Setting, workload: str, step: int, source: int) -> Rout
     )
 
 
-def most_gate_mass(gates_NE: Tensor, slots_N: Tensor, cap: int, ranks: int, rounds: int = 60) -> float:
+def most_gate_mass(gates_NE: Tensor, slots_N: Tensor, cap: int, price_P: Tensor, rounds: int = 60) -> float:
     """At least what any assignment of `slots_N` experts to the tokens and `cap` slots to a rank can receive.
 
     Any prices of the ranks' places give such a bound: what the tokens gain by choosing at these prices, and the prices
-    of all places. They are lowered and raised (Rprop) to make it small; it then equals the linear program's value.
+    of all places. From `price_P` they are lowered and raised (Rprop) to make it small; it then equals the linear
+    program's value.
     """
+    ranks = len(price_P)
     local, k = gates_NE.shape[1] // ranks, int(slots_N.max())
     beyond_NK = torch.arange(k) >= slots_N.unsqueeze(1)
-    price_P = torch.zeros(ranks)
-    step_P, sign_P, least = torch.full((ranks,), 0.02), torch.zeros(ranks), float("inf")
+    step_P = torch.full((ranks,), 0.02 * (price_P.max().item() or 1.0))
+    sign_P, least = torch.zeros(ranks), float("inf")
     for _ in range(rounds):
         net_NK, expert_NK = (gates_NE - price_P.repeat_interleave(local)).topk(k, dim=1)
         net_NK = net_NK.masked_fill(beyond_NK, 0)
@@ -107,5 +110,13 @@ def least_lost(setting: Setting, workload: str, step: int, eps: float) -> float:
     slots = sum(decision.routing_map_TE.sum() for decision in decisions)
     gates_NE = torch.cat([decision.gates_TE + decision.fallback_gates_TE for decision in decisions])
     cap = slot_cap(slots, setting.ranks, eps).item()
+    evenly = [replace(decision, importance_T=torch.ones_like(decision.importance_T)) for decision in decisions]
+    offers = [Offers.of(decision, setting.k, False) for decision in evenly]
+
+    def count(price_P: Tensor, counts_PB: Tensor) -> None:
+        for each in offers:
+            each.count(price_P, counts_PB)
+
+    price_P = find_prices(count, setting.ranks, cap, slots.item(), gates_NE.device)
     slots_N = torch.full((len(gates_NE),), setting.k)
-    return routed - most_gate_mass(gates_NE, slots_N, cap, setting.ranks)
+    return routed - most_gate_mass(gates_NE, slots_N, cap, price_P, rounds=10)

@@ -22,7 +22,7 @@ from megatron_anyexperts.moe.metrics import RoutingTracker, install_metrics
 from megatron_anyexperts.moe.quotas import as_on_gpu
 from megatron_anyexperts.moe.router import AnyExpertsRouter
 
-HIDDEN, EXPERTS, TOKENS = 64, 256, 32
+HIDDEN, EXPERTS, TOKENS, CAP_RANKS = 64, 256, 32, 8
 OURS = {
     "anyexperts_k_min": 8,
     "anyexperts_k_max": 12,
@@ -103,11 +103,13 @@ def count_stock() -> dict[str, Counted]:
 def count_ours(**options) -> dict[str, Counted]:
     """Router, dispatch with combine and virtual slots, and figures, of our layer.
 
-    With `anyexperts_dispatch_eps` as if there were several expert ranks, and in the way of a GPU.
+    With `anyexperts_dispatch_eps` as if there were `CAP_RANKS` expert ranks, some of them over the cap, and in the way
+    of a GPU.
     """
     config, capped = ling_config(**OURS, **options), "anyexperts_dispatch_eps" in options
     layer, hidden_SBH = build(AnyExpertsMoELayer, config), _hidden()
-    layer.dispatcher.eps = config.anyexperts_dispatch_eps
+    if capped:
+        layer.dispatcher.eps, layer.dispatcher.cap_ranks = config.anyexperts_dispatch_eps, CAP_RANKS
     layer.router.needs_fallback = capped
     tracker = install_metrics(config)
     with torch.no_grad():

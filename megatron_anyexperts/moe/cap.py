@@ -86,22 +86,22 @@ def fit(
                 each.count(price_P, counts_PB)
             sources.add(counts_PB)
 
-        price_P = find_prices(count, offers[0].value_TE.new_zeros(ranks), cap, slots, fused)
-        chosen = [each.choose(price_P) for each in offers]
+        price_P = find_prices(count, ranks, cap, slots, offers[0].value_TE.device, fused)
+        chosen, rerouted = zip(*(each.choose(price_P) for each in offers), strict=True)
         counts_SE = sources.gather([map_TE.sum(0) for map_TE in chosen])
         known_SE = counts_SE.cpu()
     if _per_rank(known_SE, ranks).sum(0).max() <= cap:
-        fitted = [settled(*pair) for pair in zip(decisions, chosen, strict=True)]
+        fitted = [settled(*each) for each in zip(decisions, chosen, rerouted, strict=True)]
         return UnderCap(fitted, counts_SE, known_SE, True)
-    chosen, counts_SE = _by_quotas(decisions, chosen, counts_SE, cap, k_max, ranks, sources)
-    fitted = [with_gates(*pair, k_max) for pair in zip(decisions, chosen, strict=True)]
+    fitted_TE, counts_SE = _by_quotas(decisions, chosen, counts_SE, cap, k_max, ranks, sources)
+    fitted = [with_gates(*pair, k_max) for pair in zip(decisions, fitted_TE, strict=True)]
     return UnderCap(fitted, counts_SE, counts_SE.cpu(), False)
 
 
 @torch.no_grad()
 def _by_quotas(
     decisions: list[RoutingDecision],
-    chosen: list[Tensor],
+    chosen: tuple[Tensor, ...],
     counts_SE: Tensor,
     cap: int,
     k_max: int,
@@ -137,7 +137,8 @@ def fit_sources(decisions: list[RoutingDecision], ranks: int, k_max: int, eps: f
     demand_SE = torch.stack([decision.routing_map_TE.sum(0) for decision in decisions])
     cap, slots = slot_cap(demand_SE.sum(), ranks, eps).item(), demand_SE.sum().item()
     if _per_rank(demand_SE, ranks).sum(0).max() <= cap:
-        fitted = [settled(decision, decision.routing_map_TE) for decision in decisions]
+        zero = demand_SE.new_zeros(())
+        fitted = [settled(decision, decision.routing_map_TE, zero) for decision in decisions]
         return UnderCap(fitted, demand_SE, demand_SE, True)
     return fit(decisions, cap, slots, ranks, k_max, Sources.all_here(len(decisions)), fused)
 

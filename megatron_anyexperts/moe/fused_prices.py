@@ -52,24 +52,25 @@ def _next_prices(price_P: Tensor, counts_PB: Tensor, cap: int, slots: int, numbe
     found_P, above_PB = torch.empty_like(price_P), counts_PB.new_empty(ranks, bins + 1)
     price_kernels.next_prices[(1,)](
         price_P, counts_PB, above_PB, found_P, cap, prices.aim_at(cap, slots, ranks, number), slots,
-        int(number < prices.FREE_ROUNDS), P=ranks,
-        P2=_power(ranks), LEVELS=prices.LEVELS, FIRST_LEVEL=prices.FIRST_LEVEL,
-        SHIFT_FROM=prices.SHIFT_FROM, RANKS=min(RANKS, _power(ranks)),
+        int(number < prices.FREE_ROUNDS), prices.shift_from(slots, number), P=ranks,
+        P2=_power(ranks), LEVELS=prices.LEVELS, FIRST_LEVEL=prices.FIRST_LEVEL, RANKS=min(RANKS, _power(ranks)),
     )  # fmt: skip
     return found_P
 
 
-def _choose(value_TE: Tensor, slots_T: Tensor, price_P: Tensor, k_max: int) -> Tensor:
+def _choose(
+    value_TE: Tensor, slots_T: Tensor, price_P: Tensor, routed_TE: Tensor, k_max: int
+) -> tuple[Tensor, Tensor]:
     from megatron_anyexperts.moe import price_kernels
 
     tokens, experts = value_TE.shape
-    map_TE = torch.empty_like(value_TE, dtype=torch.bool)
+    map_TE, moved_T = torch.empty_like(value_TE, dtype=torch.bool), torch.empty_like(slots_T)
     if tokens:
         price_kernels.choose[_grid(tokens)](
-            value_TE, slots_T, price_P, map_TE, tokens, E=experts, E2=_power(experts), L=experts // len(price_P),
-            K=k_max, TOKENS=TOKENS,
+            value_TE, slots_T, price_P, routed_TE.contiguous(), map_TE, moved_T, tokens, E=experts, E2=_power(experts),
+            L=experts // len(price_P), K=k_max, TOKENS=TOKENS,
         )  # fmt: skip
-    return map_TE
+    return map_TE, moved_T
 
 
 _library = torch.library.Library("anyexperts", "FRAGMENT")
@@ -77,7 +78,7 @@ for name, schema, function in (
     ("offer", "Tensor gates, Tensor other, Tensor map, Tensor eligible, Tensor importance) -> (Tensor, Tensor", _offer),
     ("count_margins", "Tensor value, Tensor slots, Tensor price, int k_max, Tensor(a!) counts) -> (", _count_margins),
     ("next_prices", "Tensor price, Tensor counts, int cap, int slots, int number) -> (Tensor", _next_prices),
-    ("choose", "Tensor value, Tensor slots, Tensor price, int k_max) -> (Tensor", _choose),
+    ("choose", "Tensor value, Tensor slots, Tensor price, Tensor routed, int k_max) -> (Tensor, Tensor", _choose),
 ):
     _library.define(f"{name}({schema})")
     _library.impl(name, function, "CompositeExplicitAutograd")

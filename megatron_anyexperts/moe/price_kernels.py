@@ -75,14 +75,16 @@ def count_margins(
 
 @triton.jit
 def choose(
-    value_ptr, slots_ptr, price_ptr, map_ptr, T,
+    value_ptr, slots_ptr, price_ptr, routed_ptr, map_ptr, moved_ptr, T,
     E: tl.constexpr, E2: tl.constexpr, L: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, E2)[None, :]
     _, _, _, chosen = _at_prices(value_ptr, slots_ptr, price_ptr, token, column, T, E, L, K)
-    place = token.to(tl.int64)[:, None] * E + column
-    tl.store(map_ptr + place, chosen, (token < T)[:, None] & (column < E))
+    place, here = token.to(tl.int64)[:, None] * E + column, (token < T)[:, None] & (column < E)
+    moved = chosen & (tl.load(routed_ptr + place, here, 1) == 0)
+    tl.store(map_ptr + place, chosen, here)
+    tl.store(moved_ptr + token, tl.sum(moved.to(tl.int64), 1), token < T)
 
 
 @triton.jit
@@ -96,9 +98,8 @@ def _edge(number, LEVELS: tl.constexpr, FIRST_LEVEL: tl.constexpr):
 
 @triton.jit
 def next_prices(
-    price_ptr, counts_ptr, above_ptr, found_ptr, cap, aim, slots, free,
-    P: tl.constexpr, P2: tl.constexpr, LEVELS: tl.constexpr, FIRST_LEVEL: tl.constexpr,
-    SHIFT_FROM: tl.constexpr, RANKS: tl.constexpr,
+    price_ptr, counts_ptr, above_ptr, found_ptr, cap, aim, slots, free, shift_from,
+    P: tl.constexpr, P2: tl.constexpr, LEVELS: tl.constexpr, FIRST_LEVEL: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     B: tl.constexpr = 2 * LEVELS
     rank = tl.arange(0, P2)
@@ -144,7 +145,7 @@ def next_prices(
     part = (slots - kept_low) / tl.maximum(kept_high - kept_low, 1.0)
     part = tl.minimum(tl.maximum(part, 0.0), 1.0)
     shift = shift_low + part * (_edge(after, LEVELS, FIRST_LEVEL) - shift_low)
-    shift = tl.where(over * SHIFT_FROM > slots, shift, 0.0)
+    shift = tl.where(over * shift_from > slots, shift, 0.0)
     price = tl.load(price_ptr + rank, rank < P, 0.0)
     found = tl.maximum(price.to(tl.float64) + rise + shift, 0.0).to(tl.float32)
     tl.store(found_ptr + rank, tl.where((over == 0) & (free == 0), price, found), rank < P)

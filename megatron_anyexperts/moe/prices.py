@@ -27,10 +27,10 @@ from megatron_anyexperts.moe.quotas import on_host, sort_rows
 
 # Rounds that aim at the cap; then, only while a rank is over it, rounds that aim lower by SLACK slots (of 2048).
 FREE_ROUNDS = 3
-SLACK = (0, 1, 3, 6, 6)
+SLACK = (0, 1, 3, 6)
 ROUNDS = FREE_ROUNDS + len(SLACK)
-# While one slot of so many is over the cap, the shift is what counts. Below, it does no more than disturb.
-SHIFT_FROM = 8192
+# The shift is what counts while more than one slot of so many is over the cap, or where this lasts.
+SHIFT_FROM, SHIFT_ROUND = 8192, 5
 # Two bins to each power of two, from 2**-27 to 2**5, of either sign: the bits of a float without the lower 22.
 LEVELS = 64
 FIRST_LEVEL = 2 * (127 - 27)
@@ -113,7 +113,7 @@ def next_prices(price_P: Tensor, counts_PB: Tensor, cap: int, slots: int, number
     share = ((slots - kept_B[after - 1]) / (kept_B[after] - kept_B[after - 1]).clamp_min(1)).clamp(0, 1)
     shift = edge_B[after - 1] + share * (edge_B[after] - edge_B[after - 1])
     over = (above_PB[:, LEVELS] - cap).clamp_min(0).sum()
-    shift = torch.where(over * SHIFT_FROM > slots, shift, 0.0)
+    shift = torch.where(over * shift_from(slots, number) > slots, shift, 0.0)
     found_P = (price_P.double() + rise_P1.squeeze(1) + shift).clamp_min(0).float()
     return torch.where((over == 0) & (number >= FREE_ROUNDS), price_P, found_P)
 
@@ -122,6 +122,11 @@ def aim_at(cap: int, slots: int, ranks: int, number: int) -> int:
     """Slots that a rank shall keep after a round: at first all it may, then ever fewer, so that a few too many fit."""
     late = number - FREE_ROUNDS
     return cap if late < 0 else max(-(-slots // ranks), cap - SLACK[late] * (1 + cap // 2048))
+
+
+def shift_from(slots: int, number: int) -> int:
+    """There is a shift when so many times the slots over the cap are more than `slots`."""
+    return SHIFT_FROM if number < SHIFT_ROUND else slots + 1
 
 
 def choose(value_TE: Tensor, slots_T: Tensor, price_P: Tensor) -> Tensor:
@@ -138,12 +143,14 @@ class Offers:
 
     Attributes:
         value_TE: see `offers`.
+        routed_TE: bool, the router's choice.
         slots_T: int64.
         k_max: most slots of a token.
         fused: use kernels.
     """
 
     value_TE: Tensor
+    routed_TE: Tensor
     slots_T: Tensor
     k_max: int
     fused: bool
@@ -151,11 +158,12 @@ class Offers:
     @classmethod
     def of(cls, decision: RoutingDecision, k_max: int, fused: bool) -> "Offers":
         """What the local tokens may have; `fallback_gates_TE` and `eligible_TE` must be there."""
-        if fused:
-            gates = decision.gates_TE.detach(), decision.fallback_gates_TE.detach()
-            rest = decision.routing_map_TE, decision.eligible_TE, decision.importance_T
-            return cls(*fused_prices.offer(*gates, *rest), k_max, fused)
-        return cls(offers(decision), decision.routing_map_TE.sum(1), k_max, fused)
+        routed_TE = decision.routing_map_TE
+        if not fused:
+            return cls(offers(decision), routed_TE, routed_TE.sum(1), k_max, fused)
+        gates = decision.gates_TE.detach(), decision.fallback_gates_TE.detach()
+        value_TE, slots_T = fused_prices.offer(*gates, routed_TE, decision.eligible_TE, decision.importance_T)
+        return cls(value_TE, routed_TE, slots_T, k_max, fused)
 
     def count(self, price_P: Tensor, counts_PB: Tensor) -> None:
         """Add up this source's margins at these prices."""
@@ -164,27 +172,32 @@ class Offers:
         else:
             count_margins(self.value_TE, self.slots_T, price_P, counts_PB)
 
-    def choose(self, price_P: Tensor) -> Tensor:
-        """bool [T, E], what the local tokens take at these prices."""
+    def choose(self, price_P: Tensor) -> tuple[Tensor, Tensor]:
+        """bool [T, E], what the local tokens take at these prices, and int64, how many of these slots moved."""
         if self.fused:
-            return fused_prices.choose(self.value_TE, self.slots_T, price_P, self.k_max)
-        return choose(self.value_TE, self.slots_T, price_P)
+            chosen_TE, moved_T = fused_prices.choose(self.value_TE, self.slots_T, price_P, self.routed_TE, self.k_max)
+            return chosen_TE, moved_T.sum()
+        chosen_TE = choose(self.value_TE, self.slots_T, price_P)
+        return chosen_TE, (chosen_TE > self.routed_TE).sum()
 
 
 def find_prices(
-    count: Callable[[Tensor, Tensor], None], zero_P: Tensor, cap: int, slots: int, fused: bool = False
+    count: Callable[[Tensor, Tensor], None], ranks: int, cap: int, slots: int, device: torch.device, fused: bool = False
 ) -> Tensor:
     """fp32 [P], prices at which every rank is within its cap, or nearly.
 
     Args:
         count: of prices and zeroed counts int64 [P, B]: adds up the margins of all sources there.
-        zero_P: fp32, no prices.
+        ranks: P.
         cap, slots: see `next_prices`.
+        device: where to work.
         fused: use kernels.
     """
-    price_P, step = zero_P, fused_prices.next_prices if fused else next_prices
-    counts_RPB = torch.zeros(ROUNDS, len(zero_P), 2 * LEVELS, dtype=torch.int64, device=zero_P.device)
-    for number, counts_PB in enumerate(counts_RPB):
+    step = fused_prices.next_prices if fused else next_prices
+    # One launch for all that begins at 0: the last matrix stands for no prices.
+    zeros_RPB = torch.zeros(ROUNDS + 1, ranks, 2 * LEVELS, dtype=torch.int64, device=device)
+    price_P = zeros_RPB[-1].view(torch.float32).view(-1)[:ranks]
+    for number, counts_PB in enumerate(zeros_RPB[:-1]):
         count(price_P, counts_PB)
         if number >= FREE_ROUNDS and on_host(counts_PB) and (counts_PB[:, LEVELS:].sum(1) <= cap).all():
             break

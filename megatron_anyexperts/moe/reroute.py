@@ -30,14 +30,14 @@ class FittedSlots:
         routing_map_TE: bool, the slots to send.
         displaced_gate_T: summed gates of the token's slots that became virtual; differentiable. None: none did.
         rerouted: int64 scalar, slots that changed their expert.
-        displaced: int64 scalar, slots that became virtual.
+        displaced: slots that became virtual: int64 scalar, or 0.
     """
 
     gates_TE: Tensor
     routing_map_TE: Tensor
     displaced_gate_T: Tensor | None
     rerouted: Tensor
-    displaced: Tensor
+    displaced: Tensor | int
 
 
 @torch.no_grad()
@@ -135,11 +135,10 @@ def at_prices(decision: RoutingDecision, chosen_TE: Tensor) -> RoutingDecision:
     )
 
 
-def settled(decision: RoutingDecision, fitted_TE: Tensor) -> FittedSlots:
+def settled(decision: RoutingDecision, fitted_TE: Tensor, rerouted: Tensor) -> FittedSlots:
     """Gates of the slots to send where every token has as many as it was routed."""
-    rerouted = (fitted_TE & ~decision.routing_map_TE).sum()
     gates_TE = torch.where(decision.routing_map_TE, decision.gates_TE, decision.fallback_gates_TE) * fitted_TE
-    return FittedSlots(gates_TE, fitted_TE, None, rerouted, torch.zeros_like(rerouted))
+    return FittedSlots(gates_TE, fitted_TE, None, rerouted, 0)
 
 
 def with_gates(decision: RoutingDecision, fitted_TE: Tensor, k_max: int) -> FittedSlots:

@@ -49,6 +49,15 @@ def test_a_layer_waits_once(ours):
     assert sum(each.waits.total() for each in passes) == 1
 
 
+def test_the_cap_launches_at_most_three_times_as_much_and_waits_once_more(one_rank, ours):
+    capped = count_ours(anyexperts_kernels="on", anyexperts_dispatch_eps=0.1)["dispatch"]
+    for direction in ("forward", "backward"):
+        without, mine = (getattr(counts, direction).launches for counts in (ours["dispatch"], capped))
+        assert mine.total() <= 3 * without.total(), (direction, mine)
+    assert capped.forward.launches["next_prices"], "the cap did not act"
+    assert capped.forward.waits.total() + capped.backward.waits.total() == 2
+
+
 def test_without_the_kernel_the_router_waits_as_little(one_rank):
     counted = count_ours(anyexperts_kernels="off")["router"]
     assert not counted.forward.waits and not counted.backward.waits
