@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from megatron_anyexperts.moe import price_rounds as rounds
+
 TOKENS = 4
 """Of one program."""
 RANKS = 16
@@ -20,7 +22,7 @@ def _grid(tokens: int) -> tuple[int]:
 def _offer(
     gates_TE: Tensor, fallback_TE: Tensor, map_TE: Tensor, eligible_TE: Tensor, importance_T: Tensor
 ) -> tuple[Tensor, Tensor]:
-    from megatron_anyexperts.moe import price_kernels, prices
+    from megatron_anyexperts.moe import price_kernels
 
     tokens, experts = map_TE.shape
     value_TE = torch.empty(tokens, experts, device=map_TE.device)
@@ -29,31 +31,31 @@ def _offer(
         price_kernels.offer[_grid(tokens)](
             gates_TE.contiguous(), fallback_TE.contiguous(), map_TE.contiguous(), eligible_TE.contiguous(),
             importance_T.contiguous(), value_TE, slots_T, tokens,
-            E=experts, E2=_power(experts), RELATIVE=prices.RELATIVE, ABSOLUTE=prices.ABSOLUTE, TOKENS=TOKENS,
+            E=experts, E2=_power(experts), RELATIVE=rounds.RELATIVE, ABSOLUTE=rounds.ABSOLUTE, TOKENS=TOKENS,
         )  # fmt: skip
     return value_TE, slots_T
 
 
 def _count_margins(value_TE: Tensor, slots_T: Tensor, price_P: Tensor, k_max: int, counts_PB: Tensor) -> None:
-    from megatron_anyexperts.moe import price_kernels, prices
+    from megatron_anyexperts.moe import price_kernels
 
     tokens, experts = value_TE.shape
     if tokens:
         price_kernels.count_margins[_grid(tokens)](
             value_TE, slots_T, price_P, counts_PB, tokens, E=experts, E2=_power(experts), L=experts // len(price_P),
-            K=k_max, LEVELS=prices.LEVELS, FIRST_LEVEL=prices.FIRST_LEVEL, TOKENS=TOKENS,
+            K=k_max, LEVELS=rounds.LEVELS, FIRST_LEVEL=rounds.FIRST_LEVEL, TOKENS=TOKENS,
         )  # fmt: skip
 
 
 def _next_prices(price_P: Tensor, counts_PB: Tensor, cap: int, slots: int, number: int) -> Tensor:
-    from megatron_anyexperts.moe import price_kernels, prices
+    from megatron_anyexperts.moe import price_kernels
 
     ranks, bins = counts_PB.shape
     found_P, above_PB = torch.empty_like(price_P), counts_PB.new_empty(ranks, bins + 1)
     price_kernels.next_prices[(1,)](
-        price_P, counts_PB, above_PB, found_P, cap, prices.aim_at(cap, slots, ranks, number), slots,
-        int(number < prices.FREE_ROUNDS), prices.shift_from(slots, number), P=ranks,
-        P2=_power(ranks), LEVELS=prices.LEVELS, FIRST_LEVEL=prices.FIRST_LEVEL, RANKS=min(RANKS, _power(ranks)),
+        price_P, counts_PB, above_PB, found_P, cap, rounds.aim_at(cap, slots, ranks, number), slots,
+        int(number < rounds.FREE_ROUNDS), rounds.shift_from(slots, number), P=ranks,
+        P2=_power(ranks), LEVELS=rounds.LEVELS, FIRST_LEVEL=rounds.FIRST_LEVEL, RANKS=min(RANKS, _power(ranks)),
     )  # fmt: skip
     return found_P
 

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_anyexperts.moe import prices
+from megatron_anyexperts.moe import fused_prices, price_rounds
 from megatron_anyexperts.moe.cap import fit_sources
 from megatron_anyexperts.moe.decision import RoutingDecision
 from megatron_anyexperts.moe.kernels import HAS_TRITON
-from megatron_anyexperts.moe.prices import Offers, aim_at, choose, count_margins, next_prices, offers
+from megatron_anyexperts.moe.prices import Offers, choose, count_margins, next_prices, offers
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 
@@ -41,8 +41,8 @@ def decisions(draw) -> tuple[RoutingDecision, int, int]:
     return _decision(gates_TE, map_TE, importance_T, eligible_TE), ranks, k_max
 
 
-@settings(max_examples=12)
-@given(decisions(), st.integers(0, 2**32), st.integers(0, prices.ROUNDS - 1), st.sampled_from([1.0, 1.1, 1.5]))
+@settings(max_examples=8)
+@given(decisions(), st.integers(0, 2**32), st.integers(0, price_rounds.ROUNDS - 1), st.sampled_from([1.0, 1.1, 1.5]))
 def test_each_kernel_equals_its_definition(problem, seed, number, factor):
     decision, ranks, k_max = problem
     value_TE, slots_T = offers(decision), decision.routing_map_TE.sum(1)
@@ -51,7 +51,7 @@ def test_each_kernel_equals_its_definition(problem, seed, number, factor):
     assert torch.equal(fused.slots_T, slots_T)
     fused = Offers(value_TE, decision.routing_map_TE, slots_T, k_max, fused=True)
     price_P = torch.rand(ranks, generator=torch.Generator().manual_seed(seed)) * (number > 0)
-    counted, expected = torch.zeros(2, ranks, 2 * prices.LEVELS, dtype=torch.int64)
+    counted, expected = torch.zeros(2, ranks, 2 * price_rounds.LEVELS, dtype=torch.int64)
     fused.count(price_P, counted)
     count_margins(value_TE, slots_T, price_P, expected)
     assert torch.equal(counted, expected)
@@ -60,9 +60,8 @@ def test_each_kernel_equals_its_definition(problem, seed, number, factor):
     assert moved == (chosen_TE & ~decision.routing_map_TE).sum()
     slots = slots_T.sum().item()
     limits = int(factor * slots / ranks) + 1, slots, number
-    found_P = prices.fused_prices.next_prices(price_P, expected, *limits)
+    found_P = fused_prices.next_prices(price_P, expected, *limits)
     torch.testing.assert_close(found_P, next_prices(price_P, expected, *limits), rtol=1e-6, atol=1e-9)
-    assert aim_at(limits[0], slots, ranks, number) <= limits[0]
 
 
 @settings(max_examples=4)
@@ -79,7 +78,7 @@ def test_sources_end_with_the_same_slots(ranks, seed):
         assert torch.equal(fused.routing_map_TE, fitted.routing_map_TE)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(decisions())
 def test_without_prices_the_routers_choice_stands(problem):
     decision, ranks, _ = problem
@@ -91,10 +90,10 @@ COMPILE = """
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from megatron_anyexperts.moe import price_kernels as kernels, prices
+from megatron_anyexperts.moe import price_kernels as kernels, price_rounds as rounds
 
-sizes = {"E": 256, "E2": 256, "L": 4, "K": 12, "P": 64, "P2": 64, "TOKENS": 4, "RANKS": 16, "RELATIVE": prices.RELATIVE}
-sizes |= {name: getattr(prices, name) for name in ("LEVELS", "FIRST_LEVEL", "ABSOLUTE")}
+sizes = {"E": 256, "E2": 256, "L": 4, "K": 12, "P": 64, "P2": 64, "TOKENS": 4, "RANKS": 16, "RELATIVE": rounds.RELATIVE}
+sizes |= {name: getattr(rounds, name) for name in ("LEVELS", "FIRST_LEVEL", "ABSOLUTE")}
 types = {"routed_ptr": "*i1", "moved_ptr": "*i64"}
 types |= {"map_ptr": "*i1", "eligible_ptr": "*i1", "slots_ptr": "*i64", "counts_ptr": "*i64", "above_ptr": "*i64"}
 types |= dict.fromkeys(("T", "cap", "aim", "slots", "free", "shift_from"), "i32")
