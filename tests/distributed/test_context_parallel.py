@@ -345,9 +345,9 @@ def cap_of_a_row(rank: int, world_size: int, eps: float) -> tuple[int, int, int]
     load = first_load(model, layout)
     assert load.demanded_P.tolist() == demanded_2.tolist()
     assert load.cap == slot_cap(demanded_2.sum(), 2, eps)
-    assert load.received_P.max() == load.cap
+    assert load.received_P.max() <= load.cap
     moved = (demanded_2 - load.cap).clamp(min=0).sum()
-    assert load.rerouted + load.displaced == moved > 0
+    assert 0 < moved <= load.rerouted + load.displaced
     return int(load.cap), int(moved), int(load.received_P.sum())
 
 
