@@ -5,10 +5,12 @@
 Every source is one held-out microbatch of the run: whole documents, not a mixture of all. Methods and columns are those
 of `dispatch_balance.py`; a bias is not among them, as the run was trained with its own. That bias chooses and does not
 weigh, so a rerouted slot may have a larger gate than before: `gates` is the gate mass routed, and that received under
-the cap, over the most that any assignment under the cap receives (a bound).
+the cap, over the most that any assignment under the cap receives (a bound). `kept` is of the mean step: with R copies a
+rank in the places that all steps before would have had (`--anyexperts-copies-refresh`), and without copies.
 """
 
 from collections import defaultdict
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -19,13 +21,25 @@ from megatron_anyexperts.console import Parser
 from megatron_anyexperts.evaluation.held_out import forward, held_out_batches
 from megatron_anyexperts.evaluation.trained_model import load_model, start
 from megatron_anyexperts.moe.cap import fit_sources
-from megatron_anyexperts.moe.copies import CopyPlan, plan_copies
+from megatron_anyexperts.moe.copies import CopyPlan, places_of, plan_copies, plan_on
 from megatron_anyexperts.moe.decision import RoutingDecision
 from megatron_anyexperts.moe.quotas import slot_cap
 from megatron_anyexperts.moe.reroute import FittedSlots
 from megatron_anyexperts.moe.router import AnyExpertsRouter
 
-COLUMNS = ("EP", "layer", "dropless", "**cap**", "rerouted", "virtual", "gates", "**copies**", "R", "slots moved")
+COLUMNS = (
+    "EP",
+    "layer",
+    "dropless",
+    "**cap**",
+    "rerouted",
+    "virtual",
+    "gates",
+    "**copies**",
+    "R",
+    "slots moved",
+    "kept",
+)
 
 
 def record(words: list[str], microbatches: int) -> dict[int, list[RoutingDecision]]:
@@ -80,11 +94,17 @@ def row(decisions: list[RoutingDecision], layer: int, ranks: int, eps: float) ->
     needed, plans = copied(counts, ranks, eps)
     fullest = max(over_mean(plan.load(each.sum(0), ranks)) for plan, each in zip(plans, counts, strict=True))
     local = counts[0].shape[1] // ranks
+    kept_plans = [
+        plan_on(places_of(plan_copies(past, ranks, max(needed, 1), eps), local), now, ranks, eps)
+        for past, now in zip(accumulate(counts[:-1]), counts[1:], strict=True)
+    ]
+    behind = [over_mean(plan.load(now.sum(0), ranks)) for plan, now in zip(kept_plans, counts[1:], strict=True)]
     moved = sum(int(plan.flow_GS[plan.rank_G != plan.expert_G // local].sum()) for plan in plans)
-    dropless = max(over_mean(each.sum(0).reshape(ranks, -1).sum(1)) for each in counts)
+    before = [over_mean(each.sum(0).reshape(ranks, -1).sum(1)) for each in counts]
     return (
-        f"| {ranks} | {layer} | {dropless:.3f} | **{max(map(over_mean, load)):.3f}** | {rerouted:.1%} | {virtual:.2%} "
-        f"| {asked:.3f}, {kept:.3f} | **{fullest:.3f}** | {needed} | {moved / routed:.1%} |"
+        f"| {ranks} | {layer} | {max(before):.3f} | **{max(map(over_mean, load)):.3f}** | {rerouted:.1%} "
+        f"| {virtual:.2%} | {asked:.3f}, {kept:.3f} | **{fullest:.3f}** | {needed} | {moved / routed:.1%} "
+        f"| {sum(behind) / len(behind):.3f}, {sum(before[1:]) / len(before[1:]):.3f} |"
     )
 
 

@@ -143,6 +143,13 @@ def in_flight(layout: Layout, rank: int) -> int:
     return min(layout.pipeline - rank, layout.microbatches)
 
 
+def copy_bytes(sizes: ModelSizes, layers: int) -> float:
+    """Of the places for copies on one GPU: weights, their gradients, and these in a row; kept ones in all layers."""
+    mixture = sizes.mixture
+    weights = mixture.copies * sizes.matrices * (mixture.latent or sizes.hidden) * mixture.ffn
+    return 2.0 * weights * (layers if mixture.keeps else 1) + 4.0 * weights
+
+
 def stage_memory(sizes: ModelSizes, layout: Layout, precision: Precision, stage: Stage, rank: int) -> Memory:
     """Of one GPU of a pipeline rank."""
     waiting, mixture = in_flight(layout, rank), sizes.mixture
@@ -154,7 +161,7 @@ def stage_memory(sizes: ModelSizes, layout: Layout, precision: Precision, stage:
         again = max((layer_bytes(sizes, letter, frozenset(), precision.operand) for letter in letters), default=0.0)
     slots = layout.tokens * mixture.real if mixture and "E" in letters else 0.0
     worst = worst_slots(mixture, layout) if slots else 0.0
-    copies = mixture.copies * 3 * sizes.matrices * (mixture.latent or sizes.hidden) * mixture.ffn if slots else 0
+    copies = copy_bytes(sizes, letters.count("E")) if slots else 0
     beyond = (worst - slots) * (layer_bytes(sizes, "E", frozenset(), precision.operand) / mixture.real if slots else 0)
     pictures = 0.0
     if stage.first and sizes.vision:

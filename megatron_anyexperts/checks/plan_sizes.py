@@ -57,7 +57,7 @@ class MixtureSizes:
         learns_alpha: whether the strength of fusion is trained.
         vectors: further vectors of the model's width: a constant virtual expert, a gate of the shared expert.
         limit: the most slots of all that the fullest expert rank gets, relative to the mean; None without a cap.
-        copies: experts of others that a rank may hold.
+        copies: experts of others that a rank may hold; of all layers at once where it `keeps` them.
         reach: share of the experts that routing limited to groups leaves to a token.
     """
 
@@ -73,6 +73,7 @@ class MixtureSizes:
     vectors: int = 0
     limit: float | None = None
     copies: int = 0
+    keeps: bool = False
     reach: float = 1.0
 
 
@@ -202,6 +203,7 @@ def _mixture(args: Namespace) -> MixtureSizes:
         vectors=constant + bool(args.moe_shared_expert_gate),
         limit=None if eps is None else 1 + eps,
         copies=args.anyexperts_copies_per_rank if copies else 0,
+        keeps=args.anyexperts_copies_refresh > 0,
         reach=args.moe_router_group_topk / args.moe_router_num_groups if args.moe_router_group_topk else 1.0,
     )
 

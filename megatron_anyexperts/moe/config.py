@@ -109,6 +109,10 @@ class AnyExpertsConfig(TransformerConfig):
     """Fewest slots that a copy is made for: below a number that depends on GPU and network, sending the weights costs
     more time than is saved (see docs/dispatch.md). What a rank has over the goal below that it keeps."""
 
+    anyexperts_copies_refresh: int = 0
+    """Optimizer steps for which copies keep their places, chosen from the slots of as many steps before. Their weights
+    then travel once a step, and stay in memory until it ends, those of all layers. 0: anew for each microbatch."""
+
     def __post_init__(self):
         super().__post_init__()
         if self.num_moe_experts is None:
@@ -189,6 +193,7 @@ class AnyExpertsConfig(TransformerConfig):
         _inside("anyexperts_copies_eps", self.anyexperts_copies_eps, 0, math.inf, high_open=True)
         _inside("anyexperts_copies_per_rank", self.anyexperts_copies_per_rank, 1, experts)
         _inside("anyexperts_copies_min_slots", self.anyexperts_copies_min_slots, 1, math.inf)
+        _inside("anyexperts_copies_refresh", self.anyexperts_copies_refresh, 0, math.inf)
         if self.anyexperts_virtual_experts is not None and (
             self.anyexperts_virtual_experts < self.anyexperts_max_virtual_slots
         ):

@@ -130,9 +130,7 @@ class RouterControl(KeepsPrecision):
 
     def undo_if_rerunning(self) -> None:
         """Take the last update back while the rerun machine repeats its step: a repeat must see the same state."""
-        machine = rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE
-        repeats = (RerunState.RERUNNING_IN_PLACE, RerunState.WILL_RERUN_FROM_CHECKPOINT)
-        if self._before and machine is not None and machine.state in repeats:
+        if self._before and repeats_step():
             for tensor, before in self._before:
                 tensor.copy_(before)
             self._before = []
@@ -140,6 +138,13 @@ class RouterControl(KeepsPrecision):
     def _save_to_state_dict(self, *args, **kwargs):
         self.undo_if_rerunning()
         super()._save_to_state_dict(*args, **kwargs)
+
+
+def repeats_step() -> bool:
+    """Whether the rerun machine repeats a step, which must see what it saw before."""
+    machine = rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE
+    repeats = (RerunState.RERUNNING_IN_PLACE, RerunState.WILL_RERUN_FROM_CHECKPOINT)
+    return machine is not None and machine.state in repeats
 
 
 @torch.no_grad()
@@ -180,9 +185,12 @@ def update_controllers(model: list[torch.nn.Module]) -> None:
         router.control.counts.zero_()
 
 
+def _modules(model: list[torch.nn.Module]) -> Iterator[torch.nn.Module]:
+    return (module for chunk in model for module in get_attr_wrapped_model(chunk, "modules")())
+
+
 def _routers(model: list[torch.nn.Module], always: bool = False) -> list[torch.nn.Module]:
-    modules = (module for chunk in model for module in get_attr_wrapped_model(chunk, "modules")())
-    routers = [module for module in modules if isinstance(getattr(module, "control", None), RouterControl)]
+    routers = [module for module in _modules(model) if isinstance(getattr(module, "control", None), RouterControl)]
     return [router for router in routers if always or router.training or router.control.calibrating]
 
 
@@ -254,6 +262,9 @@ def _finalize(
         finite = gradients_are_finite(model, pg_collection)
         for router in routers:
             router.control.keep_if(finite)
+    for module in _modules(model):
+        if (end_step := getattr(module, "end_step", None)) is not None:
+            end_step()
 
 
 @torch.no_grad()

@@ -8,12 +8,15 @@ and MoonEP, which balance by copies; the greedy plan and the flows are ours.
 2. `flows`: slots of a source stay on its rank where that holds a copy or the expert itself; the others are dealt out
    in the order of sources and targets.
 
+Copies may also keep their places (`plan_on`): then ranks over the cap give what theirs have room for.
+
 Shapes: `S` sources (expert ranks x expert-tensor ranks, those of one expert rank in a row), `P` expert ranks, `E`
 experts, `C` copies, `G` targets: the owners of experts with copies, and the copies.
 """
 
 import heapq
 from bisect import bisect_left, insort
+from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -150,6 +153,63 @@ def place_copies(
         if room > give and used[rank] < copies_per_rank:
             insort(rooms, (room - give, rank))
     return copies
+
+
+def places_of(plan: CopyPlan, local: int) -> list[tuple[int, int]]:
+    """The expert and the rank of each copy, in the plan's order.
+
+    Args:
+        local: experts that a rank owns.
+    """
+    away_G = plan.rank_G != plan.expert_G // local
+    return list(zip(plan.expert_G[away_G].tolist(), plan.rank_G[away_G].tolist(), strict=True))
+
+
+def plan_on(places: list[tuple[int, int]], counts_SE: np.ndarray, ranks: int, eps: float) -> CopyPlan:
+    """Plan flows to copies that are where they are, also to those that get none.
+
+    Args:
+        places: from `places_of`, of a plan for the same numbers of experts and ranks.
+        counts_SE, ranks, eps: see `plan_copies`.
+    """
+    load_E = counts_SE.sum(0)
+    load_P = load_E.reshape(ranks, -1).sum(1)
+    goal, top = int(slot_cap(int(load_P.sum()), ranks, eps)), int(load_P.max())
+    load = load_E.tolist(), load_P.tolist()
+    missed, middle, cap, slots = goal - 1, goal, top, [0] * len(places)
+    for _ in range(_BISECTIONS):
+        if cap - missed <= 1:
+            break
+        fullest, found = _give(*load, places, middle)
+        if fullest <= middle:
+            cap, slots = middle, found
+        else:
+            missed = middle
+        middle = (missed + cap) // 2
+    copies = [(*place, given) for place, given in zip(places, slots, strict=True)]
+    return _with_flows(counts_SE, ranks, copies, max(cap, goal))
+
+
+def _give(load_E: list[int], load_P: list[int], places: list[tuple[int, int]], cap: int) -> tuple[int, list[int]]:
+    """Slots of the fullest rank, and those of each copy, when ranks over `cap` give what the copies have room for."""
+    local = len(load_E) // len(load_P)
+    left_E, load_P, slots = list(load_E), list(load_P), [0] * len(places)
+    of_owner = defaultdict(list)
+    for number, (expert, rank) in enumerate(places):
+        of_owner[expert // local].append((expert, rank, number))
+    moved = True
+    while moved:  # a rank that was over the cap has room for others' when it has given
+        moved = False
+        for owner in sorted(of_owner, key=lambda owner: (-load_P[owner], owner)):
+            for expert, rank, number in sorted(of_owner[owner], key=lambda copy: (load_P[copy[1]], copy)):
+                given = min(load_P[owner] - cap, left_E[expert], cap - load_P[rank])
+                if given > 0:
+                    slots[number] += given
+                    left_E[expert] -= given
+                    load_P[owner] -= given
+                    load_P[rank] += given
+                    moved = True
+    return max(load_P), slots
 
 
 def _with_flows(counts_SE: np.ndarray, ranks: int, copies: list[tuple[int, int, int]], cap: int) -> CopyPlan:

@@ -35,6 +35,7 @@ from megatron_anyexperts.moe.copies import CopyPlan, plan_copies
 from megatron_anyexperts.moe.copy_price import settle
 from megatron_anyexperts.moe.decision import RoutingDecision
 from megatron_anyexperts.moe.host_copy import HostCopy
+from megatron_anyexperts.moe.kept_copies import KeptCopies
 from megatron_anyexperts.moe.kernels import has_kernels
 from megatron_anyexperts.moe.physical_experts import PhysicalExperts, lay_out, on_physical_experts
 from megatron_anyexperts.moe.quotas import slot_cap
@@ -122,7 +123,8 @@ class Dispatched:
 class SlotDispatcher:
     """Carries slots to their experts and back.
 
-    Owns no parameters and keeps no state between calls: `dispatch` returns all that `combine` needs.
+    Owns no parameters, and keeps no state between calls but where copies are: `dispatch` returns all that `combine`
+    needs.
 
     Args:
         config: an `AnyExpertsConfig`. Read: `num_moe_experts`, `moe_permute_fusion`,
@@ -161,6 +163,10 @@ class SlotDispatcher:
         self.align = get_align_size_for_quantization(config) if config.moe_router_padding_for_quantization else 0
         self.balance = settle(config, self.ep_group)
         self.places = config.anyexperts_copies_per_rank if self.balance.copies else 0
+        self.kept = None
+        if self.balance.copies and config.anyexperts_copies_refresh:
+            how = self.places, config.anyexperts_copies_eps, self.balance.least
+            self.kept = KeptCopies(config.anyexperts_copies_refresh, self.ep_size, *how)
         self._owned, self._physical = (self._columns(num_local_experts + more) for more in (0, self.places))
 
     def _columns(self, width: int) -> _Columns:
@@ -245,8 +251,11 @@ class SlotDispatcher:
 
     def _plan_copies(self, counts_SE: Tensor) -> tuple[CopyPlan | None, PhysicalExperts | None]:
         """The plan and its columns, on the host; None where no copy helps."""
-        eps = self.config.anyexperts_copies_eps
-        plan = plan_copies(counts_SE.numpy(), self.ep_size, self.places, eps, self.balance.least)
+        if self.kept is not None:
+            plan = self.kept.plan(counts_SE.numpy())
+        else:
+            eps = self.config.anyexperts_copies_eps
+            plan = plan_copies(counts_SE.numpy(), self.ep_size, self.places, eps, self.balance.least)
         if not plan.copies:
             return None, None
         return plan, lay_out(counts_SE.numpy(), self.ep_size, self.places, plan)

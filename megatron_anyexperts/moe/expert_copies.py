@@ -3,7 +3,8 @@
 Forward: owners send the weights of the experts that the plan copies, in one all-to-all that runs while own experts are
 computed, and the copies' slots go through them. Their memory is then given back.
 
-Backward: the weights are sent again, to where the forward pass had them. When copies and own experts are done, the
+Backward: the weights are sent again, to where the forward pass had them, unless they are kept for a step
+(`anyexperts_copies_refresh`). When copies and own experts are done, the
 weight gradients go back in one all-to-all, and the owner adds them in the order of ranks, in fp32 where the parameter
 has an fp32 `main_grad`. That is after its own GEMMs, which overwrite it in the first microbatch of a step where they
 write to it themselves, and before the parameter counts as ready, which waits for both.
@@ -96,6 +97,7 @@ class ExpertCopies:
             parameter.data = parameter.data.new_empty(0)
         self.size = sum(shape.numel() for _, shape in self.shapes) // self.places
         self._names = [name for name, _ in _by_expert(experts)]
+        self._kept_RN: Tensor | None = None
 
     @property
     def own(self) -> list[torch.nn.Parameter]:
@@ -103,11 +105,26 @@ class ExpertCopies:
         # Looked up each time: a model built on the meta device gets others when it is given memory.
         return [self.experts.get_parameter(name) for name in self._names]
 
-    def fetch(self, plan: CopyPlan) -> Fetched:
-        """Start the exchange of weights; collective, with any number of experts to send or receive, also none."""
-        self._await_parameters()
+    def fetch(self, plan: CopyPlan, keep: bool = False) -> Fetched:
+        """Start the exchange of weights; collective, with any number of experts to send or receive, also none.
+
+        Args:
+            plan: the same on all ranks.
+            keep: whether weights stay until `forget`, and are there already if they were kept; then all plans until
+                `forget` have their copies in the same places.
+        """
         way = journey(plan, self.local, self.group.rank(), self.group.size())
-        return self.send(way, self.own[0].detach().new_empty(self.places, self.size))
+        if keep and self._kept_RN is not None:
+            return Fetched(way, self._kept_RN, None, None, keep)
+        self._await_parameters()
+        fetched = self.send(way, self.own[0].detach().new_empty(self.places, self.size))
+        if keep:
+            fetched.kept, self._kept_RN = True, fetched.weights_RN
+        return fetched
+
+    def forget(self) -> None:
+        """Give back weights that were kept; when all backward passes that use them are done."""
+        self._kept_RN = None
 
     def send(self, way: Journey, weights_RN: Tensor) -> Fetched:
         """Start the exchange of weights into a buffer; collective."""
@@ -208,20 +225,23 @@ class Fetched:
         way: what is sent and received.
         weights_RN: in the parameter dtype, 0 in places without a copy; complete after `wait`.
         lent_CN: what is sent; None from then on.
-        work: the exchange.
+        work: the exchange; None where an earlier one brought the weights.
+        kept: whether the weights stay when they have been used.
         grad_RN: gradients of the weights, once the copies' backward pass is done.
     """
 
     way: Journey
     weights_RN: Tensor
     lent_CN: Tensor | None
-    work: torch.distributed.Work
+    work: torch.distributed.Work | None
+    kept: bool = False
     grad_RN: Tensor | None = None
 
     def wait(self) -> Tensor:
         """[R, N], the weights of the copies."""
-        self.work.wait()
-        self.lent_CN = None
+        if self.work is not None:
+            self.work.wait()
+        self.lent_CN = self.work = None
         return self.weights_RN
 
 
@@ -250,19 +270,22 @@ class _Compute(torch.autograd.Function):
             slots, gates, *weights = ctx.inputs
             ctx.grad_RN = copies.gradient_buffer(weights) if trained else None
             ctx.output_MH = copies.run(weights, slots, tokens_per_copy, gates)
-        _release(weights_RN)
+        if not fetched.kept:
+            _release(weights_RN)
         return ctx.output_MH.detach()
 
     @staticmethod
     def backward(ctx, grad_MH: Tensor):
         fetched, grad_RN, (slots_MH, gates_M, *weights) = ctx.fetched, ctx.grad_RN, ctx.inputs
-        _restore(fetched.weights_RN)
-        ctx.copies.send(fetched.way, fetched.weights_RN).wait()
+        if not fetched.kept:
+            _restore(fetched.weights_RN)
+            ctx.copies.send(fetched.way, fetched.weights_RN).wait()
         if grad_RN is not None:
             _restore(grad_RN)
             grad_RN.data.zero_()
         torch.autograd.backward(ctx.output_MH, grad_MH)
-        _release(fetched.weights_RN)
+        if not fetched.kept:
+            _release(fetched.weights_RN)
         if grad_RN is None:
             grad_RN = torch.cat([weight.grad.flatten() for weight in weights]).view(fetched.weights_RN.shape)
         fetched.grad_RN = grad_RN

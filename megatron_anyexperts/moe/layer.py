@@ -125,10 +125,17 @@ class AnyExpertsMoELayer(MoELayer):
         output_SBH = output_TH.view_as(hidden_SBH)
         return output_SBH if shared_SBH is None else output_SBH + shared_SBH
 
+    def end_step(self) -> None:
+        """Before the optimizer changes weights: give back those of other ranks' experts that were kept."""
+        if self.dispatcher.kept is not None:
+            self.copies.forget()
+            self.dispatcher.kept.end_step()
+
     def _compute(self, dispatched: Dispatched) -> Tensor:
         """[N, H], the experts' outputs; those of copies stand last."""
         copied = dispatched.plan is not None
-        fetched = self.copies.fetch(dispatched.plan) if copied else None
+        kept = self.training and self.dispatcher.kept is not None and self.dispatcher.kept.placed
+        fetched = self.copies.fetch(dispatched.plan, kept) if copied else None
         slots_NH, gates_N, tokens_per_expert = (
             dispatched.expert_input,
             dispatched.expert_probs,

@@ -125,7 +125,8 @@ TABLE: tuple[tuple[Kind, str, str], ...] = (
     # ---- execution
     (Kind.EXECUTION, "Triton kernels", "anyexperts_kernels"),
     (Kind.EXECUTION, "copies of hot experts",
-     "anyexperts_balance anyexperts_copies_eps anyexperts_copies_per_rank anyexperts_copies_min_slots"),
+     """anyexperts_balance anyexperts_copies_eps anyexperts_copies_per_rank anyexperts_copies_min_slots
+     anyexperts_copies_refresh"""),
     (Kind.EXECUTION, "parallel layout",
      """tensor_model_parallel_size tensor_parallel_num_weight_shards pipeline_model_parallel_comm_backend
      pipeline_model_parallel_size sequence_parallel context_parallel_size hierarchical_context_parallel_sizes

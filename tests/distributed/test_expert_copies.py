@@ -11,6 +11,7 @@ from tests.unit.moe.builders import EXPERTS, HIDDEN
 from tests.unit.moe.rank_cases import STATIC, build, initialize, wrap
 
 ROUTED = STATIC | {"anyexperts_k_min": 2, "anyexperts_k_max": 2, "moe_router_topk": 2, "anyexperts_learn_alpha": False}
+KEPT = {"anyexperts_copies_refresh": 2}
 COPIES = {"anyexperts_balance": "copies", "anyexperts_copies_eps": 0.0, "anyexperts_copies_per_rank": 2}
 
 
@@ -165,6 +166,45 @@ def _gathered(rank: int, ranks: int) -> list[bool]:
 
 def test_weights_are_lent_when_the_optimizer_has_handed_them_out():
     assert all(found and all(found) for found in run_ranks(_gathered, 2))
+
+
+def _kept(rank: int, ranks: int) -> list[tuple[int, int]]:
+    """Exchanges of weights, and slots that copies computed, of each of four steps of two microbatches."""
+    initialize(1, ranks)
+    nets = [build(1, ranks, **ROUTED | more) for more in ({}, COPIES | KEPT)]
+    for net in nets:
+        net.layer.router.expert_bias[:2] += 2
+    models, copies, report = [wrap(net) for net in nets], nets[1].layer.copies, []
+    counted, send, dispatch = [], copies.send, nets[1].layer.dispatcher.dispatch
+    copies.send = lambda *args: counted.append("sent") or send(*args)
+    loads = []
+    nets[1].layer.dispatcher.dispatch = lambda *args: loads.append((sent := dispatch(*args)).load) or sent
+    for step in range(4):
+        outputs = []
+        for model in models:
+            model.zero_grad_buffer()
+            for microbatch in range(2):
+                outputs.append(model(*_hidden(Case([40, 64], [], dtype=torch.float32), rank, 2 * step + microbatch)))
+                outputs[-1].square().sum().backward()
+            model.finish_grad_sync()
+        torch.testing.assert_close(outputs[2:], outputs[:2], rtol=1e-6, atol=1e-6)
+        nets[1].layer.end_step()
+        with torch.no_grad():
+            for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+                torch.testing.assert_close(other.main_grad, one.main_grad, rtol=2e-6, atol=2e-5, msg=name)
+                for parameter in (one, other):
+                    parameter -= 1e-3 * parameter.main_grad
+        report.append((len(counted), sum(int(load.copied) for load in loads)))
+        counted.clear()
+        loads.clear()
+    return report
+
+
+def test_weights_of_kept_copies_travel_once_a_step():
+    report = run_ranks(_kept, 2)
+    assert report[0] == report[1] and all(copied > 0 for _, copied in report[0])
+    # Without places at first: forward and backward of each microbatch.
+    assert [sent for sent, _ in report[0]] == [4, 1, 1, 1]
 
 
 def _with_cap(rank: int, ranks: int) -> tuple[int, int, int, int]:

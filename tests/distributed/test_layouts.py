@@ -48,8 +48,9 @@ ROUTING = {
 class Layout:
     """Sizes as Megatron takes them; data parallelism is what is left of the world.
 
-    With `copies` a rank holds up to so many experts of others, mixture layers are recomputed, gradients are reduced
-    while the backward pass runs, and parameters are gathered while the forward pass does.
+    With `copies` a rank holds up to so many experts of others, which keep their places for `refresh` steps; mixture
+    layers are recomputed, gradients are reduced while the backward pass runs, and parameters are gathered while the
+    forward pass does.
     """
 
     tensor: int = 1
@@ -58,6 +59,7 @@ class Layout:
     expert: int = 1
     expert_tensor: int = 1
     copies: int = 0
+    refresh: int = 0
     pattern: str = "*E*E*E*E"
 
     def start(self) -> None:
@@ -110,6 +112,7 @@ class Layout:
             "anyexperts_balance": "copies",
             "anyexperts_copies_eps": 0.0,
             "anyexperts_copies_per_rank": self.copies,
+            "anyexperts_copies_refresh": self.refresh,
             "recompute_granularity": "selective",
             "recompute_modules": ["moe"],
         }
@@ -293,12 +296,12 @@ def _compare(rank: int, world_size: int, layouts: list[Layout]) -> int:
     ("world_size", "layouts"),
     [
         (2, [Layout(), Layout(expert=2), Layout(tensor=2, expert=2)]),
-        (4, [Layout(expert=4, copies=2), Layout(expert=2), Layout(expert=2, copies=1)]),
+        (4, [Layout(expert=4, copies=2), Layout(expert=2), Layout(expert=2, copies=1, refresh=1)]),
         (
             4,
             [
                 Layout(pipeline=2, expert=2, pattern="*E*E|*E*E"),
-                Layout(pipeline=2, virtual=2, expert=2, copies=1, pattern="*E|*E|*E|*E"),
+                Layout(pipeline=2, virtual=2, expert=2, copies=1, refresh=2, pattern="*E|*E|*E|*E"),
             ],
         ),
         (4, [Layout(tensor=2, expert=4), Layout(tensor=2, expert=2, expert_tensor=2, copies=1)]),

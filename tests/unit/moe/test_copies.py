@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from megatron_anyexperts.moe.copies import place_copies, plan_copies
+from megatron_anyexperts.moe.copies import place_copies, places_of, plan_copies, plan_on
 from megatron_anyexperts.moe.quotas import slot_cap
 
 SHAPES = ("random", "hot expert", "hot rank", "idle rank", "one source", "nothing", "correlated", "huge")
@@ -172,3 +172,34 @@ def test_no_copy_has_fewer_slots_than_the_least_and_the_rank_over_the_cap_keeps_
     # Another rank may keep the maximum, where its excess is too small for a copy.
     assert plan.copies == 0 or (load_P.max() <= before_P.max() and np.var(load_P) < np.var(before_P))
     assert plan_copies(counts, ranks, per_rank, eps).cap <= plan.cap
+
+
+@given(demands(), demands(), st.integers(1, 4), st.sampled_from([0.0, 0.05]))
+def test_copies_that_keep_their_places_take_what_helps_of_other_counts(demand, other, per_rank, eps):
+    counts, ranks = demand
+    places = places_of(plan_copies(counts, ranks, per_rank, eps), counts.shape[1] // ranks)
+    # Other counts of the same shape: those of the other demand, over and over.
+    counts = np.resize(other[0], counts.shape)
+    plan = plan_on(places, counts, ranks, eps)
+    before, after = counts.sum(0).reshape(ranks, -1).sum(1), plan.load(counts.sum(0), ranks)
+    goal = slot_cap(int(counts.sum()), ranks, eps)
+    assert places_of(plan, counts.shape[1] // ranks) == places and plan.copies == len(places)
+    assert after.sum() == before.sum() and after.max() <= plan.cap <= max(goal, before.max())
+    assert (plan.flow_GS >= 0).all()
+    for expert in set(plan.expert_G.tolist()):
+        assert np.array_equal(plan.flow_GS[plan.expert_G == expert].sum(0), counts[:, expert])
+    if places and before.max() <= goal:
+        assert np.array_equal(after, before)
+
+
+def test_places_chosen_from_the_same_counts_level_them_nearly_as_well():
+    rng = np.random.default_rng(1)
+    ratios = []
+    for _ in range(200):
+        ranks, local, per_rank = int(rng.choice([4, 8, 32])), int(rng.choice([1, 4, 8])), int(rng.choice([1, 2, 4]))
+        counts_SE = rng.poisson(rng.gamma(rng.choice([0.6, 9]), 12, ranks * local), (ranks, ranks * local))
+        counts_SE[:, :local] *= rng.choice([1, 8])
+        plan = plan_copies(counts_SE, ranks, per_rank, 0.05)
+        kept = plan_on(places_of(plan, local), counts_SE, ranks, 0.05)
+        ratios.append(kept.load(counts_SE.sum(0), ranks).max() / plan.load(counts_SE.sum(0), ranks).max())
+    assert np.mean(ratios) <= 1.01
