@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from megatron.core.fp8_utils import get_fp8_context
 
 from tests.multirank import run_ranks
 from tests.unit.moe.builders import EXPERTS, config
@@ -54,7 +55,8 @@ def _steps(rank: int, ranks: int, dtype: torch.dtype, **options) -> tuple[list, 
             generator = torch.Generator().manual_seed(10 * rank + microbatch)
             x = torch.randn(TOKENS, 1, HIDDEN, generator=generator).to(dtype).requires_grad_()
             with model.no_sync() if microbatch == 0 else torch.enable_grad():
-                outputs.append(model(x))
+                with get_fp8_context(net.config):
+                    outputs.append(model(x))
                 outputs[-1].float().square().sum().backward()
             inputs.append(x.grad)
         model.finish_grad_sync()
@@ -89,3 +91,27 @@ def test_gradients_of_copies_reach_main_grad_as_the_owners_do(dtype):
         rounded = {"weight, fused=False", "fusion, fused=True"} if dtype == torch.bfloat16 else set()
         far = {kind: value for kind, value in worst.items() if value > (1e-2 if kind in rounded else 1e-6)}
         assert not far
+
+
+def _compare_fp8(rank: int, ranks: int) -> tuple[list[float], list[float], int]:
+    """Distances from the layer in fp32, without and with copies, of outputs and gradients; and slots copied."""
+    initialize(1, ranks)
+    recipe = {"fp8": "hybrid", "fp8_recipe": "tensorwise", "gradient_accumulation_fusion": True}
+    exact, plain, copied = (_steps(rank, ranks, torch.float32, **how) for how in ({}, recipe, recipe | COPIES))
+    assert plain[3] == 0
+    return *([_distance(run, exact, part) for part in range(3)] for run in (plain, copied)), copied[3]
+
+
+def _distance(run: tuple, exact: tuple, part: int) -> float:
+    ours, theirs = run[part], exact[part]
+    pairs = [(ours[name], theirs[name]) for name in theirs] if part == 2 else list(zip(ours, theirs, strict=True))
+    away = sum((a - b).double().square().sum() for a, b in pairs)
+    return (away / sum(b.double().square().sum() for _, b in pairs)).sqrt().item()
+
+
+def test_copies_in_fp8_round_as_the_layer_without_them_does():
+    for plain, copied, slots in run_ranks(_compare_fp8, 2):
+        assert slots > 0
+        for without, within in zip(plain, copied, strict=True):
+            assert 1e-3 < without < 0.1, "the layer is not in FP8"
+            assert within < 1.2 * without
