@@ -138,10 +138,15 @@ class ExpertCopies:
         )
         return Fetched(way, weights_RN, lent_CN, work)
 
-    def lend(self, fetched: Fetched, own_NH: Tensor, borrowed_MH: Tensor) -> tuple[Tensor, Tensor]:
+    def lend(self, fetched: Fetched | None, own_NH: Tensor, borrowed_MH: Tensor) -> tuple[Tensor, Tensor]:
         """Slots of own experts and of copies, unchanged, to be computed with; the backward pass is collective.
 
-        Every rank calls it once for each fetch, and computes with what it returns.
+        Every rank calls it once for each layer and microbatch, and computes with what it returns. Without copies, and
+        then without an exchange, too: parameters become ready in another order with it, and data-parallel replicas, of
+        which some have copies and some not, would reduce their gradients in different orders.
+
+        Args:
+            fetched: what `fetch` returned; None without copies.
         """
         return _Lend.apply(self, fetched, own_NH, borrowed_MH, *self.own)
 
@@ -247,16 +252,17 @@ class Fetched:
 
 class _Lend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, copies: ExpertCopies, fetched: Fetched, own_NH, borrowed_MH, *own):
+    def forward(ctx, copies: ExpertCopies, fetched: Fetched | None, own_NH, borrowed_MH, *own):
         ctx.copies, ctx.fetched = copies, fetched
         return own_NH.view_as(own_NH), borrowed_MH.view_as(borrowed_MH)
 
     @staticmethod
     def backward(ctx, grad_NH: Tensor, grad_MH: Tensor):
         own, fetched = [None] * (len(ctx.needs_input_grad) - 4), ctx.fetched
-        if any(ctx.needs_input_grad[4:]):
-            own = ctx.copies.bring_home(fetched.way, fetched.grad_RN)
-        fetched.grad_RN = None
+        if fetched is not None:
+            if any(ctx.needs_input_grad[4:]):
+                own = ctx.copies.bring_home(fetched.way, fetched.grad_RN)
+            fetched.grad_RN = None
         return None, None, grad_NH, grad_MH, *own
 
 

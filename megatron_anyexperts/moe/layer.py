@@ -143,7 +143,7 @@ class AnyExpertsMoELayer(MoELayer):
         )
         own, split = self.num_local_experts, int(tokens_per_expert[: self.num_local_experts].sum())
         own_NH, copied_MH = slots_NH[:split], slots_NH[split:]
-        if copied:
+        if self.copies is not None:
             own_NH, copied_MH = self.copies.lend(fetched, own_NH, copied_MH)
         output, bias = apply_module(self.experts)(own_NH, tokens_per_expert[:own], gates_N[:split])
         assert bias is None, "experts with a separate bias are not supported"
