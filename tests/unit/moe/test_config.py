@@ -57,7 +57,7 @@ def test_every_own_field_is_a_flag_with_help():
     parser = add_arguments(argparse.ArgumentParser())
     flags = {action.dest: action for action in parser._actions if action.dest.startswith("anyexperts_")}
     own = {name for name in AnyExpertsConfig.__dataclass_fields__ if name.startswith("anyexperts_")}
-    assert set(flags) == own
+    assert own <= set(flags)  # those of traces are of the run, not of a layer
     assert all(action.help for action in flags.values())
 
 
