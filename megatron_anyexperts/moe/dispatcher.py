@@ -16,7 +16,7 @@ exchange.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.tensor_parallel import all_to_all
@@ -79,6 +79,33 @@ class _Columns:
     local: slice
     by_expert: Tensor
     by_source: Tensor
+
+
+@dataclass(frozen=True)
+class _Assigned:
+    """Which column of the routing map computes each slot of this source, and what is to be told of it.
+
+    Attributes:
+        gates_TE, routing_map_TE: of the columns.
+        counts_SE: int64, slots of every source for every column; `known_SE` on the host where it is there already.
+        columns: how they lie on ranks.
+        demanded_P, rerouted, displaced, cap: as in `LoadReport`.
+        copy_plan, physical: of copies; None without any.
+        displaced_gate_T: as in `Dispatched`.
+    """
+
+    gates_TE: Tensor
+    routing_map_TE: Tensor
+    counts_SE: Tensor
+    known_SE: Tensor | None
+    columns: _Columns
+    demanded_P: Tensor
+    rerouted: Tensor
+    displaced: Tensor
+    copy_plan: CopyPlan | None
+    physical: PhysicalExperts | None
+    cap: int | None = None
+    displaced_gate_T: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -195,40 +222,15 @@ class SlotDispatcher:
         Raises:
             ValueError: alignment padding is on and T is not a multiple of the alignment.
         """
-        counts_SE = self._gather(decision.routing_map_TE.sum(0))
-        demanded_P = self._per_rank(counts_SE, self._owned).sum(0)
-        columns, known, plan, physical = self._owned, None, None, None
-        if self.balance.copies:
-            # The one wait for a GPU: the splits follow from these counts as well, unless a cap changes them.
-            known = counts_SE.cpu()
-            plan, physical = self._plan_copies(known)
-        if plan is not None:
-            columns, known, physical = self._physical, physical.slots_SQ, physical.to(counts_SE.device)
-            counts_SE, decision = physical.slots_SQ, on_physical_experts(decision, physical, self.source)
-        gates_TE, map_TE = decision.gates_TE, decision.routing_map_TE
-        zero = demanded_P.new_zeros(())
-        rerouted, displaced, displaced_gate_T, cap = zero, zero, None, None
-        if self.eps is not None:
-            # One wait tells whether the cap acts at all. If not, the splits follow from these counts too.
-            known = counts_SE.cpu() if known is None else known
-            cap = slot_cap(known.sum(), self.cap_ranks, self.eps).item()
-            if known.view(-1, self.cap_ranks, known.shape[1] // self.cap_ranks).sum((0, 2)).max() > cap:
-                under = self._fit(decision, cap, int(known.sum()))
-                fitted, counts_SE, known = under.fitted[0], under.counts_SE, under.known_SE
-                gates_TE, map_TE, displaced_gate_T = fitted.gates_TE, fitted.routing_map_TE, fitted.displaced_gate_T
-                rerouted = self._add(fitted.rerouted)
-                displaced = zero if under.settled else demanded_P.sum() - counts_SE.sum()
-        received_E = counts_SE.sum(0)
+        assigned = self._assign(decision)
+        gates_TE, map_TE, columns = assigned.gates_TE, assigned.routing_map_TE, assigned.columns
+        counts_SE, known = assigned.counts_SE, assigned.known_SE
         if self.align:
             gates_TE, map_TE = self._pad(gates_TE, map_TE)
             counts_SE, known = self._aligned(counts_SE), None if known is None else self._aligned(known)
         told_SE = counts_SE if known is None else known
         copy = HostCopy(torch.cat((told_SE[self.source], self._chunks(told_SE, columns).ravel())))
-        received_P, copied = received_E.view(self.ep_size, -1).sum(1), zero
-        if physical is not None:
-            copied = physical.slots_of_copies(received_E)
-            received_E = physical.per_logical(received_E, self.config.num_moe_experts)
-        load = LoadReport(demanded_P, received_P, received_E, rerouted, displaced, cap, copied)
+        load = self._report(assigned)
 
         sent_E, chunks = copy.wait().split((counts_SE.shape[1], self.tp_size * counts_SE.shape[1]))
         input_splits = sent_E.view(self.ep_size, -1).sum(1).tolist()
@@ -247,7 +249,63 @@ class SlotDispatcher:
         )
         if self._sorts(columns):
             slots, probs = sort_chunks_by_idxs(slots, chunk_sizes, columns.by_expert, probs=probs, fused=fused)
-        return Dispatched(slots, chunks_XPL.sum((0, 1)), probs, displaced_gate_T, load, plan, route)
+        tokens_per_expert = chunks_XPL.sum((0, 1))
+        return Dispatched(slots, tokens_per_expert, probs, assigned.displaced_gate_T, load, assigned.copy_plan, route)
+
+    def _assign(self, decision: RoutingDecision) -> _Assigned:
+        """Decide which expert, and which copy of it, computes each slot: steps 1 and 2 of the module docstring."""
+        counts_SE = self._gather(decision.routing_map_TE.sum(0))
+        demanded_P = self._per_rank(counts_SE, self._owned).sum(0)
+        columns, known, plan, physical = self._owned, None, None, None
+        if self.balance.copies:
+            # The one wait for a GPU: the splits follow from these counts as well, unless a cap changes them.
+            known = counts_SE.cpu()
+            plan, physical = self._plan_copies(known)
+        if plan is not None:
+            columns, known, physical = self._physical, physical.slots_SQ, physical.to(counts_SE.device)
+            counts_SE, decision = physical.slots_SQ, on_physical_experts(decision, physical, self.source)
+        zero = demanded_P.new_zeros(())
+        assigned = _Assigned(
+            decision.gates_TE,
+            decision.routing_map_TE,
+            counts_SE,
+            known,
+            columns,
+            demanded_P,
+            zero,
+            zero,
+            plan,
+            physical,
+        )
+        if self.eps is None:
+            return assigned
+        # One wait tells whether the cap acts at all. If not, the splits follow from these counts too.
+        known = counts_SE.cpu() if known is None else known
+        cap = slot_cap(known.sum(), self.cap_ranks, self.eps).item()
+        assigned = replace(assigned, known_SE=known, cap=cap)
+        if known.view(-1, self.cap_ranks, known.shape[1] // self.cap_ranks).sum((0, 2)).max() <= cap:
+            return assigned
+        under = self._fit(decision, cap, int(known.sum()))
+        fitted = under.fitted[0]
+        return replace(
+            assigned,
+            gates_TE=fitted.gates_TE,
+            routing_map_TE=fitted.routing_map_TE,
+            counts_SE=under.counts_SE,
+            known_SE=under.known_SE,
+            rerouted=self._add(fitted.rerouted),
+            displaced=zero if under.settled else demanded_P.sum() - under.counts_SE.sum(),
+            displaced_gate_T=fitted.displaced_gate_T,
+        )
+
+    def _report(self, assigned: _Assigned) -> LoadReport:
+        received_E, physical = assigned.counts_SE.sum(0), assigned.physical
+        received_P, copied = received_E.view(self.ep_size, -1).sum(1), assigned.demanded_P.new_zeros(())
+        if physical is not None:
+            copied = physical.slots_of_copies(received_E)
+            received_E = physical.per_logical(received_E, self.config.num_moe_experts)
+        moved = assigned.rerouted, assigned.displaced, assigned.cap
+        return LoadReport(assigned.demanded_P, received_P, received_E, *moved, copied)
 
     def _plan_copies(self, counts_SE: Tensor) -> tuple[CopyPlan | None, PhysicalExperts | None]:
         """The plan and its columns, on the host; None where no copy helps."""
