@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from megatron_anyexperts.training.comparison import RunSettings
 
 DEFAULTS = {"tokenizer_type": "HuggingFaceTokenizer"}
+UNSAFE_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+"""Of Transformer Engine: whether it reads what it has pickled into checkpoints itself."""
 
 
 class HeldOut(Protocol):
@@ -129,6 +131,10 @@ def check(args: argparse.Namespace) -> None:
         if args.rank == 0:
             said = "gradient accumulation fusion is off: it needs apex (see anyexperts doctor)"
             print(said, file=sys.stderr)
+    pickles = args.fp8 and args.fp8_recipe == "delayed" and os.environ.get(UNSAFE_PICKLES) != "1"
+    if pickles and args.save and args.rank == 0:
+        said = f"fp8-recipe delayed: Transformer Engine reads its scales in a checkpoint only with {UNSAFE_PICKLES}=1"
+        print(f"{said}, pickles that can run code; set it to resume, or take another recipe", file=sys.stderr)
     # What documents are padded with, so that they can be cut, may make a row longer than others.
     args.variable_seq_lengths = args.context_parallel_size > 1 and args.pipeline_model_parallel_size > 1
     decoder = transformer_config(args)
