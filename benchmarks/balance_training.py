@@ -140,7 +140,7 @@ def main() -> int:
             outcome, limit = train(options, seed, way), load_limit(way)
             outcomes[way].append(outcome)
             above = 0 if limit is None else sum(peak > limit for peak in outcome.peaks)
-            violations += above
+            violations += above * way.startswith("cap")  # copies reach it where R allows
             shares = " | ".join(f"{outcome.moved[name]:.2%}" for name in ("rerouted", "displaced", "copied"))
             print(
                 f"| {seed} | {way} | {outcome.losses['all']:.4f} | {statistics.mean(outcome.peaks):.4f} | "
